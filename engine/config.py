@@ -1,0 +1,199 @@
+"""Recipes as frozen values: the pydantic base, YAML loading, `--set` overrides, readable errors, stable hashes.
+
+Not for: what the fields mean (that stands beside the code which uses them) or reading the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.errors import RecipeError
+
+RecipeT = TypeVar("RecipeT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, unknown keys fail, field docstrings become the JSON schema's descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+def load_recipe(model: type[RecipeT], path: str | Path, overrides: Sequence[str] = ()) -> RecipeT:
+    """Read a YAML recipe, apply `a.b=value` overrides and check it.
+
+    Args:
+        model: the recipe class of the verb.
+        path: a YAML file on local disk.
+        overrides: texts like `compute.actors=4`; the value is read as YAML.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, an override is malformed, or a field is wrong.
+    """
+    document = _read_yaml(Path(path))
+    for override in overrides:
+        document = _with_override(document, override)
+    return check_recipe(model, document, origin=str(path))
+
+
+def check_recipe(model: type[RecipeT], document: Mapping[str, Any], origin: str = "recipe") -> RecipeT:
+    """Validate a plain mapping; RecipeError lists every wrong field with what was found and what is allowed."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, model, origin)) from None
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, UTF-8; configs are dumped first."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def stable_hash(value: Any) -> str:
+    """sha-256 (hex) of `canonical_json(value)`; the same on every machine and Python."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice instead of keeping the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path}: no such file", way_out="give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read", found=str(error)) from None
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path}: not valid YAML", found=" ".join(str(error).split())) from None
+    if not isinstance(document, dict):
+        raise RecipeError(
+            f"recipe {path}: not a recipe",
+            found="an empty file" if document is None else f"a {type(document).__name__}",
+            wanted="`field: value` lines; see `engine schema VERB`",
+        )
+    return document
+
+
+def _with_override(document: Any, override: str) -> Any:
+    path, equals, text = override.partition("=")
+    names = path.strip().split(".")
+    if not equals or not all(names):
+        raise RecipeError(
+            f"--set {override}: not an override",
+            wanted="path.to.key=value",
+            way_out="for example --set compute.actors=4",
+        )
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {override}: the value is not YAML", found=" ".join(str(error).split())
+        ) from None
+    return _replaced(document, names, value, override)
+
+
+def _replaced(node: Any, names: Sequence[str], value: Any, override: str) -> Any:
+    """A copy of `node` in which the entry at `names` is `value`; numbers index lists."""
+    if not names:
+        return value
+    name, rest = names[0], names[1:]
+    if isinstance(node, list):
+        if not name.isdecimal() or int(name) >= len(node):
+            raise RecipeError(
+                f"--set {override}: no entry {name!r}",
+                found=f"a list of {len(node)}",
+                wanted="its index from 0",
+            )
+        return [
+            _replaced(item, rest, value, override) if i == int(name) else item for i, item in enumerate(node)
+        ]
+    if node is None:
+        node = {}
+    if not isinstance(node, dict):
+        raise RecipeError(f"--set {override}: cannot look for {name!r} inside a value", found=repr(node))
+    return {**node, name: _replaced(node.get(name), rest, value, override)}
+
+
+def _explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
+    problems = error.errors(include_url=False)
+    lines = [f"{origin}: {len(problems)} wrong field{'s' if len(problems) > 1 else ''}"]
+    for problem in problems:
+        field = ".".join(str(step) for step in problem["loc"]) or "(whole recipe)"
+        lines.append(f"  {field}: {_describe(problem, model)}")
+    return "\n".join(lines)
+
+
+def _describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
+    kind, found, loc = problem["type"], problem["input"], problem["loc"]
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        allowed = _siblings(model, loc)
+        close = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"unknown field{hint} allowed here: {', '.join(allowed)}" if allowed else "unknown field"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"found {_shown(found)}; {message[:1].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _siblings(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Field names allowed beside `loc`, walking the schema (through lists and tagged unions)."""
+    schema = model.model_json_schema()
+    node: Mapping[str, Any] = schema
+    for step in loc[:-1]:
+        node = _resolved(node, schema)
+        if "oneOf" in node and isinstance(step, str):  # a step into a tagged union is the tag
+            node = next((o for o in (_resolved(o, schema) for o in node["oneOf"]) if _has_tag(o, step)), {})
+        elif isinstance(step, int):
+            node = node.get("items", {})
+        else:
+            node = node.get("properties", {}).get(step, {})
+    node = _resolved(node, schema)
+    return list(node.get("properties", {}))
+
+
+def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    for option in node.get("anyOf", []):  # Optional[...]: take the side that has fields
+        if "$ref" in option:
+            node = option
+    if "allOf" in node:
+        node = node["allOf"][0]
+    if "$ref" in node:
+        resolved: Mapping[str, Any] = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        return resolved
+    return node
+
+
+def _has_tag(option: Mapping[str, Any], tag: str) -> bool:
+    return bool(option.get("properties", {}).get("kind", {}).get("const") == tag)

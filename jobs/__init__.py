@@ -1,0 +1,1 @@
+"""The submitted jobs, one file per verb, and the `engine` command."""
