@@ -1,0 +1,41 @@
+"""The menu of stores: which URI opens which kind; a kind is imported only when it is chosen."""
+
+from __future__ import annotations
+
+import re
+
+from engine.errors import RecipeError
+from engine.storage.base import StorageConfig, Store
+
+_DEFAULT_CONFIG = StorageConfig()
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+
+def open_store(uri: str, config: StorageConfig = _DEFAULT_CONFIG) -> Store:
+    """The store rooted at a URI; nothing is asked of it yet.
+
+    Args:
+        uri: `s3://bucket/prefix` (taken literally, nothing is percent-decoded), `file:///folder`
+            (percent-decoded), or a plain path (taken literally; `~` and relative paths are made absolute,
+            links stay as they are).
+        config: how to reach an object store; a disk does not need it.
+
+    Raises:
+        RecipeError: another scheme, or a URI that names no place.
+    """
+    found = _SCHEME.match(uri)
+    scheme = found.group(1).lower() if found else "file"
+    if scheme == "file":
+        from engine.storage.local import LocalStore
+
+        return LocalStore(uri, config)
+    if scheme == "s3":
+        from engine.storage.s3 import S3Store
+
+        return S3Store(uri, config)
+    raise RecipeError(
+        f"cannot open {uri!r}",
+        found=f"the scheme {scheme!r}",
+        wanted="s3://bucket/prefix, file:///folder, or a plain path",
+        way_out="for a folder with that name write ./ in front of it",
+    )

@@ -1,0 +1,111 @@
+"""One range of one S3 object, read so that cuts and replaced objects do no harm; not for whole streams."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from botocore import exceptions as aws
+
+from engine.errors import StorageError
+from engine.storage.base import ObjectInfo
+from engine.storage.s3_errors import changed, status_of
+
+PIECE_BYTES = 2**18
+_QUOTE = '"'
+_IDENTITY = re.compile(r"etag:(.*):\d+")
+
+
+@final
+class Download:
+    """One range of one object. What has arrived is kept, so that a retry asks only for the rest."""
+
+    def __init__(
+        self,
+        place: Mapping[str, str],
+        offset: int,
+        length: int | None,
+        expected: ObjectInfo | None,
+        on_bytes: Callable[[int], None] = lambda received: None,
+    ) -> None:
+        """Nothing is asked for yet.
+
+        Args:
+            place: Bucket and Key.
+            offset: first byte wanted.
+            length: bytes wanted; None: to the end.
+            expected: the version wanted; None: any, but one.
+            on_bytes: told how many bytes came, each time some have; called in the event loop's thread.
+        """
+        self._place, self._offset, self._expected, self._on_bytes = place, offset, expected, on_bytes
+        self._length_asked = self._length = length  # the second is put right by the store's first answer
+        self._etag = _etag(expected) if expected is not None else None
+        self._received = bytearray()
+
+    async def go_on(self, client: Any) -> bytearray:
+        """Ask for what is missing, all of it on the first call."""
+        if self._length is not None and len(self._received) >= self._length:
+            return self._received
+        begin = self._offset + len(self._received)
+        try:
+            answer = await client.get_object(**self._place, **self._conditions(begin))
+        except aws.ClientError as error:
+            return self._without_answer(error)
+        with contextlib.closing(answer["Body"]) as body:
+            self._check(answer, begin)
+            self._etag = answer["ETag"].strip('"')
+            self._length = len(self._received) + answer["ContentLength"]
+            while piece := await body.read(PIECE_BYTES):
+                self._received += piece
+                self._on_bytes(len(piece))
+        if len(self._received) != self._length:
+            raise aws.IncompleteReadError(actual_bytes=len(self._received), expected_bytes=self._length)
+        return self._received
+
+    def _conditions(self, begin: int) -> dict[str, str]:
+        """Range and If-Match; radosgw 16 wants the ETag without quotes, AWS and SeaweedFS take both."""
+        conditions = {"IfMatch": self._etag} if self._etag else {}
+        if self._length is not None:
+            conditions["Range"] = f"bytes={begin}-{self._offset + self._length - 1}"
+        elif begin > 0:  # from 0 on it is the whole object, and a range of an empty one is an error (416)
+            conditions["Range"] = f"bytes={begin}-"
+        return conditions
+
+    def _without_answer(self, error: aws.ClientError) -> bytearray:
+        if self._expected is None and status_of(error) == 416:
+            return self._received  # the range begins at the end of the object or behind it
+        if self._expected is None and status_of(error) == 412:  # replaced while it was read: read the new one
+            self._received.clear()
+            self._etag, self._length = None, self._length_asked
+            raise aws.ResponseStreamingError(error="the object was replaced while it was read") from error
+        raise error
+
+    def _check(self, answer: Mapping[str, Any], begin: int) -> None:
+        """Some stores ignore If-Match or Range, and would mix two versions or shift the bytes in silence."""
+        uri = f"s3://{self._place['Bucket']}/{self._place['Key']}"
+        content_range = answer.get("ContentRange") or f"bytes 0-/{answer['ContentLength']}"
+        found = identity_of(answer["ETag"], int(content_range.rpartition("/")[2]))
+        if self._expected is not None and found != self._expected.identity:
+            raise changed(uri, found, self._expected.identity)
+        if not content_range.startswith(f"bytes {begin}-"):
+            raise StorageError(
+                f"{uri}: the store sent another part of the object than was asked for",
+                found=content_range,
+                wanted=f"bytes {begin}-",
+                way_out="use a store that keeps to the Range header",
+            )
+
+
+def identity_of(etag: str, size: int) -> str:
+    return f"etag:{etag.strip(_QUOTE)}:{size}"
+
+
+def _etag(info: ObjectInfo) -> str:
+    found = _IDENTITY.fullmatch(info.identity)
+    if found is None:
+        raise StorageError(
+            f"{info.path} was not listed in a bucket", found=info.identity, wanted="etag:<etag>:<size>"
+        )
+    return found.group(1)
