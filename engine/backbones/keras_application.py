@@ -1,0 +1,198 @@
+"""Any network of keras.applications by name, with the pixel scaling that Keras itself applies; runs nothing.
+
+Everything about a network is asked from Keras: there is no table of families here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.backbones.base import Backbone, PixelScaling, require_keras
+from engine.backbones.cut import cut_and_freeze
+from engine.backbones.kinds import unknown_name
+from engine.backbones.weights import (
+    fetch_weights,
+    load_weights,
+    once_per_node,
+    python_random_kept,
+    randomise,
+)
+from engine.errors import BackboneError, RecipeError, WeightsError
+
+if TYPE_CHECKING:
+    from engine.backbones.kinds import KerasApplicationConfig
+    from engine.storage import StorageConfig
+
+# Keras's spelling of the deviation of ImageNet's channels; efficientnet.py: IMAGENET_STDDEV_RGB
+IMAGENET_STDDEV_RGB = (0.229, 0.224, 0.225)
+
+
+def build(config: KerasApplicationConfig, storage: StorageConfig) -> Backbone:
+    """The backbone that the recipe describes; errors as `engine.backbones.kinds.build_backbone`."""
+    if config.weights == "imagenet":
+        network = _with_imagenet_weights(config)
+    else:
+        network = _with_keras_random_weights(config)
+        if config.weights == "random":
+            randomise(network, config.seed)
+        else:
+            load_weights(
+                network,
+                fetch_weights(config.weights, config.weights_sha256, storage),
+                config.weights,
+            )
+            network = _as_imagenet_was_trained(network)
+    return Backbone(config, cut_and_freeze(network, config), pixel_scaling(config.name))
+
+
+def network_names() -> list[str]:
+    """Every network of the installed keras.applications, in alphabetical order."""
+    applications = require_keras().applications
+    return sorted(
+        name
+        for name, value in vars(applications).items()
+        if inspect.isfunction(value) and "include_top" in inspect.signature(value).parameters
+    )
+
+
+def pixel_scaling(name: str) -> PixelScaling:
+    """What `preprocess_input` of the network's own module does, found by sending known pixels through it.
+
+    Raises:
+        RecipeError: no such network.
+        BackboneError: it does more than swap channels and scale each by a line.
+    """
+    applications = require_keras().applications
+    module = getattr(applications, _constructor(name).__module__.rsplit(".", 1)[1])
+    multiply, add, bgr = _probed(module.preprocess_input, name)
+    shared = applications.imagenet_utils.preprocess_input
+    known = {mode: _probed(partial(shared, mode=mode), mode) for mode in ("tf", "caffe", "torch")}
+    known["none"] = ((1.0,) * 3, (0.0,) * 3, False)
+    convention = next((mode for mode, found in known.items() if found == (multiply, add, bgr)), "own")
+    return PixelScaling(convention, multiply, add, bgr)
+
+
+Triple = tuple[float, float, float]
+
+
+def _probed(preprocess: Callable[[np.ndarray], Any], name: str) -> tuple[Triple, Triple, bool]:
+    """(multiply, add, bgr) of a preprocessing function; ten digits, so that rounding inside Keras stays out."""
+    black_and_primaries = 255.0 * np.vstack([np.zeros(3), np.eye(3)])
+    add, *primaries = np.asarray(preprocess(black_and_primaries.reshape(1, 1, 4, 3).copy())).reshape(4, 3)
+    response = (np.stack(primaries) - add) / 255.0  # row: channel in, column: channel out
+    bgr = abs(response[0, 0]) < abs(response[0, 2])
+    multiply = np.diagonal(response[::-1] if bgr else response)
+    greys = np.arange(256.0).repeat(3).reshape(1, 16, 16, 3) * (1.0, 0.5, 0.25)
+    expected = (greys[..., ::-1] if bgr else greys) * multiply + add
+    if not np.allclose(np.asarray(preprocess(greys.copy())), expected, rtol=0.0, atol=1e-6):
+        raise BackboneError(
+            f"{name}: its preprocess_input cannot be put into a graph",
+            found="something else than a line per channel",
+            wanted="RGB or BGR, then a factor and an offset per channel",
+        )
+    return _rounded(multiply), _rounded(add), bool(bgr)
+
+
+def _rounded(values: np.ndarray) -> Triple:
+    red, green, blue = (float(f"{value:.10g}") + 0.0 for value in values)
+    return red, green, blue
+
+
+def _constructor(name: str) -> Callable[..., Any]:
+    names = network_names()
+    if name not in names:
+        raise unknown_name("backbone.name: no such network in keras.applications", name, names)
+    constructor: Callable[..., Any] = getattr(require_keras().applications, name)
+    return constructor
+
+
+def _with_keras_random_weights(config: KerasApplicationConfig) -> Any:
+    constructor, size = _constructor(config.name), config.input_size
+    try:
+        return _called(constructor, config, weights=None)
+    except ValueError as error:  # how Keras refuses a size: at once, or when a layer's output would be empty
+        raise RecipeError(
+            f"backbone.input_size: {config.name} cannot take {size} x {size} pixels",
+            found=f"{size}",
+            wanted=_allowed_size(str(error)),
+        ) from None
+
+
+def _allowed_size(complaint: str) -> str:
+    match = re.search(r"at least (\d+)x\1", complaint)
+    return f"at least {match[1]}" if match else f"a larger size (Keras: {' '.join(complaint.split())[:200]})"
+
+
+def _with_imagenet_weights(config: KerasApplicationConfig) -> Any:
+    constructor = _constructor(config.name)
+    try:
+        with once_per_node(f"imagenet-{config.name}-{config.input_size}"):
+            return _called(constructor, config, weights="imagenet")
+    except (
+        Exception
+    ) as error:  # a failed download is a bare Exception: keras/src/utils/file_utils.py, get_file
+        _with_keras_random_weights(config)  # was it the size? then this says so
+        raise _no_imagenet_weights(config, error) from error
+
+
+def _called(constructor: Callable[..., Any], config: KerasApplicationConfig, weights: str | None) -> Any:
+    shape = (config.input_size, config.input_size, 3)
+    with warnings.catch_warnings(), python_random_kept():
+        # MobileNets have ImageNet weights per size and say when they take those of 224.
+        warnings.filterwarnings("ignore", message="`input_shape` is undefined or non-square")
+        return constructor(
+            include_top=False,
+            weights=weights,
+            input_shape=shape,
+            pooling=config.pooling,
+        )
+
+
+def _no_imagenet_weights(config: KerasApplicationConfig, error: Exception) -> WeightsError:
+    home = os.environ.get("KERAS_HOME") or "~/.keras"
+    if not os.access(os.path.expanduser(home), os.W_OK):
+        home = "/tmp/.keras"  # where Keras then looks instead: keras/src/utils/file_utils.py, get_file
+    folder = f"{home}/models"
+    address = re.search(r"https?://[^\s:]+", str(error))
+    file = PurePosixPath(address[0]).name if address else "the file that Keras names"
+    return WeightsError(
+        f"backbone.weights: imagenet: {config.name} is not in Keras's cache and could not be fetched",
+        found=f"{type(error).__name__}: {error}",
+        wanted=f"{file} in {folder}",
+        way_out=f"put {file} into {folder} on every node, or anywhere you can read: weights: <uri>/{file}",
+    )
+
+
+def _as_imagenet_was_trained(network: Any) -> Any:
+    """Give EfficientNetB0-B7 the extra scaling layer that Keras adds for `weights="imagenet"` only.
+
+    Its ImageNet files store the deviation where the Normalization layer keeps a variance, and Keras makes up for it
+    (github.com/tensorflow/tensorflow/issues/49930). Without this, a private copy of such a file would give other
+    features than `imagenet`. Files trained otherwise carry another variance and are left alone.
+    """
+    keras = require_keras()
+    layers = [
+        layer for layer in network.layers if isinstance(layer, keras.layers.Normalization) and layer.weights
+    ]
+    if not any(np.allclose(_variance(layer), IMAGENET_STDDEV_RGB, rtol=1e-3) for layer in layers):
+        return network
+    rescaling = keras.layers.Rescaling([float(1.0 / np.sqrt(deviation)) for deviation in IMAGENET_STDDEV_RGB])
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = layer(*args, **kwargs)
+        return rescaling(output) if layer in layers else output
+
+    return keras.models.clone_model(network, clone_function=lambda layer: layer, call_function=call)
+
+
+def _variance(normalization: Any) -> np.ndarray:
+    return np.asarray(normalization.adapt_variance.value)

@@ -1,0 +1,1 @@
+"""How a frozen network is run, one file per kind: uint8 pixels in, float32 embeddings out."""
