@@ -1,0 +1,340 @@
+"""A published head on storage: written whole or not at all, checked on reading. Not for: fitting or predicting.
+
+    <bundle>/head.<sha8>.keras               the network, logits out
+    <bundle>/matrix.<sha8>.npz               kernel_DK and bias_K, where the head is only a matrix product
+    <bundle>/metrics.<sha8>.json             how well it does, and on which rows
+    <bundle>/embeddings_table.<sha8>.json    the `_table.json` of the embeddings it was fitted on
+    <bundle>/recipe.<sha8>.json              the recipe of the fit
+    <bundle>/bundle.json                     names all of these with their sha-256; written last
+
+`<sha8>` is the beginning of the file's own sha-256, so publishing to the same place again never touches a file of
+the bundle that is there: until the new `bundle.json` replaces the old one, readers see the old bundle, whole.
+Afterwards the files that only the old one named are deleted. What a killed publish leaves behind is named by no
+`bundle.json` and harms nobody. A bundle's id is a digest of what decides its answers (tensors, classes, calibration,
+the embeddings it belongs to), so a fit that is repeated exactly has the same id, and its predictions stay valid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from engine.config import Config, stable_hash
+from engine.errors import BundleError, ContractMismatch, ObjectNotFound
+from engine.heads.base import AffineMap
+from engine.heads.kinds import HeadConfig, open_head
+from engine.storage import Store
+
+if TYPE_CHECKING:
+    import keras
+
+BUNDLE_SCHEMA_VERSION: Literal[1] = 1
+MANIFEST = "bundle.json"
+VERSIONED_PACKAGES = ("image-feature-engine", "tensorflow", "keras", "numpy")
+
+
+class BundleFile(Config):
+    """One file of a bundle."""
+
+    path: str = Field(pattern=r"^[a-z_]+\.[0-9a-f]{8}\.(keras|npz|json)$")
+    """Name within the bundle's folder."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the file's bytes, hex."""
+    size_bytes: int = Field(ge=0)
+    """Size of the file."""
+
+
+class Calibration(Config):
+    """How logits become probabilities."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it before the softmax; 1 leaves them as trained."""
+
+
+class Manifest(Config):
+    """What `bundle.json` says."""
+
+    schema_version: Literal[1] = BUNDLE_SCHEMA_VERSION
+    """Version of this file's fields."""
+    task: Literal["single_label"]
+    """What the head answers: one class per row."""
+    classes: tuple[str, ...] = Field(min_length=2)
+    """Names of the classes in the order of the logits, sorted by code point."""
+    fingerprint: str
+    """Of the embeddings that the head was fitted on; others are refused."""
+    width: int = Field(ge=1)
+    """Numbers in one embedding."""
+    head: HeadConfig
+    """The head's recipe block."""
+    calibration: Calibration = Calibration()
+    """How logits become probabilities."""
+    tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
+    files: dict[str, BundleFile]
+    """The bundle's files by role: head, matrix (perhaps), metrics, embeddings_table, recipe."""
+    versions: dict[str, str]
+    """Of Python and of the packages that made the bundle."""
+    created: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedHead:
+    """A head as training leaves it."""
+
+    config: HeadConfig
+    network: keras.Model  # (B, D) float32 to (B, K) logits
+    classes: tuple[str, ...]  # K names, sorted by code point
+    task: Literal["single_label"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle. Files are fetched when asked for, and checked against their sha-256 each time."""
+
+    id: str
+    manifest: Manifest
+    store: Store
+
+    def network(self) -> keras.Model:
+        """The Keras model, (B, D) float32 to (B, K) logits; nothing in the file is run as code.
+
+        Raises:
+            BundleError: the file is damaged, holds code, or is of a Keras that this one cannot read.
+        """
+        import keras
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "head.keras"
+            path.write_bytes(self.read("head"))
+            try:
+                return keras.saving.load_model(path, compile=False, safe_mode=True)
+            except (ValueError, TypeError) as error:  # what Keras raises for all that it does not take
+                raise BundleError(
+                    f"bundle {self.store.uri}: the head cannot be loaded by Keras {keras.__version__} in safe mode",
+                    found=" ".join(str(error).split())[:500],
+                    wanted=f"a network as Keras {self.manifest.versions.get('keras', '3')} saved it, without code",
+                    way_out="use the Keras that the bundle names, or fit again",
+                ) from None
+
+    def matrix(self) -> AffineMap | None:
+        """The head as a matrix product, which needs no Keras; None where it is more than that."""
+        if "matrix" not in self.manifest.files:
+            return None
+        with np.load(io.BytesIO(self.read("matrix")), allow_pickle=False) as arrays:
+            return AffineMap(arrays["kernel_DK"], arrays["bias_K"])
+
+    def document(self, role: Literal["metrics", "embeddings_table", "recipe"]) -> dict[str, Any]:
+        """One of the bundle's JSON files."""
+        content: dict[str, Any] = json.loads(self.read(role))
+        return content
+
+    def read(self, role: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            BundleError: the file is gone, or is not what `bundle.json` says.
+        """
+        file = self.manifest.files[role]
+        try:
+            content = self.store.read(file.path)
+        except ObjectNotFound:
+            raise self._damaged(file.path, "no such file") from None
+        found = hashlib.sha256(content).hexdigest()
+        if found != file.sha256:
+            raise self._damaged(file.path, f"{len(content)} bytes, sha256 {found}", f"sha256 {file.sha256}")
+        return content
+
+    def _damaged(self, path: str, found: str, wanted: str | None = None) -> BundleError:
+        return BundleError(
+            f"bundle {self.store.uri}: {path} is not the file that {MANIFEST} names",
+            found=found,
+            wanted=wanted or f"the file of bundle {self.id}",
+            way_out="run again if the bundle was republished just now; otherwise fit and publish it again",
+        )
+
+
+def publish_bundle(
+    store: Store,
+    head: TrainedHead,
+    *,
+    table_record: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+) -> Bundle:
+    """Write a bundle, `bundle.json` last, and delete the files of the bundle it replaces.
+
+    Args:
+        store: the bundle's folder.
+        head: what was trained.
+        table_record: `_table.json` of the embeddings; its fingerprint and width become the bundle's.
+        metrics: for metrics.json.
+        recipe: for recipe.json.
+
+    Raises:
+        StorageError: a file could not be written; a bundle that was there before is still whole.
+    """
+    contents = {"head.keras": _keras_bytes(head.network), **_matrix_file(head)}
+    for name, document in (("metrics", metrics), ("embeddings_table", table_record), ("recipe", recipe)):
+        contents[f"{name}.json"] = _json_bytes(document)
+    files = {name.partition(".")[0]: _described(name, content) for name, content in contents.items()}
+    manifest = Manifest(
+        task=head.task,
+        classes=head.classes,
+        fingerprint=table_record["fingerprint"],
+        width=table_record["width"],
+        head=head.config,
+        tensors_sha256=_tensors_sha256(head.network),
+        files=files,
+        versions=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    superseded = _paths_named(store)
+    for file, content in zip(files.values(), contents.values(), strict=True):
+        store.write(file.path, content)
+    manifest_bytes = _json_bytes(manifest.model_dump(mode="json"))
+    store.write(MANIFEST, manifest_bytes)
+    # Read again what is named now: another fit may have published here since, and may share a file with the old one.
+    for path in sorted(superseded - {file.path for file in files.values()} - _paths_named(store)):
+        store.delete(path)
+    return Bundle(_bundle_id(manifest), manifest, store)
+
+
+def open_bundle(store: Store, bundle_id: str | None = None) -> Bundle:
+    """Open a published bundle; only `bundle.json` is read now.
+
+    Args:
+        store: the bundle's folder.
+        bundle_id: the bundle that a job began with, so that all its tasks use the same one; None: whichever is there.
+
+    Raises:
+        BundleError: nothing is published there, it is not a bundle that this version reads, or another one.
+    """
+    try:
+        content = store.read(MANIFEST)
+    except ObjectNotFound:
+        raise BundleError(
+            f"bundle {store.uri}: not published",
+            found=f"no {MANIFEST}, which a fit writes last",
+            way_out="check the URI, or run `engine fit` to its end",
+        ) from None
+    manifest = _parsed(content, store)
+    bundle = Bundle(_bundle_id(manifest), manifest, store)
+    if bundle_id is not None and bundle.id != bundle_id:
+        raise BundleError(
+            f"bundle {store.uri}: another bundle was published meanwhile",
+            found=bundle.id,
+            wanted=bundle_id,
+            way_out="run the job again; it will use the new bundle throughout",
+        )
+    return bundle
+
+
+def check_fingerprint(bundle: Bundle, table_record: Mapping[str, Any]) -> None:
+    """Refuse embeddings that the head was not fitted on.
+
+    Raises:
+        ContractMismatch: the table's fingerprint or width is not the bundle's.
+    """
+    for field in ("fingerprint", "width"):
+        found, wanted = table_record[field], getattr(bundle.manifest, field)
+        if found != wanted:
+            raise ContractMismatch(
+                f"bundle {bundle.store.uri}: fitted on embeddings with another {field}",
+                found=f"the table has {field} {found}",
+                wanted=f"the bundle has {field} {wanted}",
+                way_out="score the table that the bundle was fitted on, or fit a head on this one",
+            )
+
+
+def _parsed(content: bytes, store: Store) -> Manifest:
+    try:
+        document = json.loads(content)
+        version = document["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"bundle {store.uri}: {MANIFEST} is not a bundle's", found=repr(error)) from None
+    if version != BUNDLE_SCHEMA_VERSION:
+        raise BundleError(
+            f"bundle {store.uri}: unknown schema version",
+            found=repr(version),
+            wanted=str(BUNDLE_SCHEMA_VERSION),
+            way_out="use the version of the engine that published it, or fit again with this one",
+        )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        raise BundleError(f"bundle {store.uri}: {MANIFEST} is not a bundle's", found=problems) from None
+
+
+def _paths_named(store: Store) -> set[str]:
+    """Files of the bundle that is published there now; none if there is none that we can read."""
+    try:
+        return {file.path for file in open_bundle(store).manifest.files.values()}
+    except BundleError:
+        return set()
+
+
+def _keras_bytes(network: keras.Model) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.keras"
+        network.save(path)
+        return path.read_bytes()
+
+
+def _matrix_file(head: TrainedHead) -> dict[str, bytes]:
+    matrix = open_head(head.config).as_matrix(head.network)
+    if matrix is None:
+        return {}
+    buffer = io.BytesIO()
+    np.savez(buffer, kernel_DK=matrix.kernel_DK, bias_K=matrix.bias_K)
+    return {"matrix.npz": buffer.getvalue()}
+
+
+def _json_bytes(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _described(name: str, content: bytes) -> BundleFile:
+    stem, _, extension = name.partition(".")
+    sha256 = hashlib.sha256(content).hexdigest()
+    return BundleFile(path=f"{stem}.{sha256[:8]}.{extension}", sha256=sha256, size_bytes=len(content))
+
+
+def _bundle_id(manifest: Manifest) -> str:
+    """16 hex digits over the fields that decide a prediction; not when, by what, or how well it was made."""
+    return stable_hash(manifest.model_dump(mode="json", exclude={"files", "versions", "created"}))[:16]
+
+
+def _tensors_sha256(network: keras.Model) -> str:
+    digest = hashlib.sha256()
+    for tensor in network.get_weights():
+        digest.update(f"{tensor.dtype.str}{tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()
+
+
+def _versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except (
+            importlib.metadata.PackageNotFoundError
+        ):  # the engine run from a folder, as `ray job submit` does
+            versions[package] = "not installed"
+    return versions

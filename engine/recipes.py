@@ -1,0 +1,74 @@
+"""Recipe blocks that several jobs share: where a table goes, what may run, what is tolerated.
+
+Only values; the blocks of one room (source, backbone, runtime, head ...) stand with that room.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from engine.config import Config
+
+Uri = Annotated[str, Field(min_length=1, description="s3://bucket/prefix, file:///folder or a plain path.")]
+
+
+class EmbeddingOutput(Config):
+    """Where embeddings are written, and in which form."""
+
+    uri: Uri
+    """Folder of the embedding table."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number type of the embedding column; float16 halves the table and keeps about 3 digits."""
+    rows_per_part: int | None = Field(None, ge=1, le=65_536)
+    """Samples in one part; null: about 64 MB of pixels, a multiple of 64, at most 1,024."""
+
+
+class Compute(Config):
+    """What runs where. `null` means: taken from the machine or cluster, and shown by `--plan`."""
+
+    actors: int = Field(1, ge=1, le=4096)
+    """Processes that hold the backbone."""
+    gpus_per_actor: float = Field(0, ge=0, le=16)
+    """GPUs (or a fraction of one) that each actor reserves."""
+    cpus_per_actor: float | None = Field(None, gt=0, le=1024)
+    """CPU cores that each actor reserves and computes with; null: the actors of a node share its cores."""
+    decode_tasks: int | None = Field(None, ge=1, le=4096)
+    """Shard readers that run at once; null: one per CPU core that no actor has reserved, at least 1."""
+    decode_threads: int | None = Field(None, ge=1, le=256)
+    """Threads that decode images in each reader; null: 2."""
+    address: str | None = None
+    """Ray cluster to run on: `auto`, `host:6379` or `ray://host:10001`; null: a local Ray, ended with the job."""
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("more than one GPU must be a whole number")
+        return gpus
+
+
+class Limits(Config):
+    """What a run tolerates, and what makes a sample a reject."""
+
+    max_reject_fraction: float = Field(0.01, ge=0, le=1)
+    """Rejects / samples of the whole table above which the job ends with exit code 3."""
+    max_rejects: int | None = Field(None, ge=0)
+    """Rejects of the whole table above which the job ends with exit code 3; null: no such limit."""
+    max_failed_shards: int = Field(0, ge=0)
+    """Shards that may be unreadable before the job ends with exit code 1."""
+    max_pixels: int = Field(178_956_970, ge=1)
+    """Width x height above which an image is a reject (Pillow's limit against decompression bombs, doubled)."""
+    max_sample_bytes: int = Field(268_435_456, ge=1)
+    """Encoded bytes above which an image is a reject."""
+    keep_reject_bytes: bool = False
+    """Keep the encoded bytes of rejects in the rejects files."""
+
+    def contract(self) -> dict[str, object]:
+        """The limits that change what a part contains."""
+        return {
+            "max_pixels": self.max_pixels,
+            "max_sample_bytes": self.max_sample_bytes,
+            "keep_reject_bytes": self.keep_reject_bytes,
+        }

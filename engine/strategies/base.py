@@ -1,0 +1,69 @@
+"""What every strategy kind rests on: a prepared process and a list of devices. Imported on workers only.
+
+A strategy kind is one function `open_KIND(config) -> tf.distribute.Strategy`. Its contract, held by
+tests/contracts/test_strategy_contract.py: for the same global batches every kind gives the loss trace of
+`one_device` within 1e-4, whatever its number of replicas.
+"""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+from engine.errors import EngineError
+
+
+def prepare_process() -> None:
+    """Make sure that this is Keras 3 on TensorFlow, that float32 means float32, and that runs repeat.
+
+    Settings of the whole process: a training worker does nothing else.
+
+    Raises:
+        EngineError: another Keras, or another backend of it.
+    """
+    # Ray Train sets TF_USE_LEGACY_KERAS=1 in its workers; it bends `tf.keras`, which we never import, to Keras 2.
+    found = f"Keras {keras.__version__} on {keras.config.backend()}"
+    if not keras.__version__.startswith("3.") or keras.config.backend() != "tensorflow":
+        raise EngineError(
+            "training worker: the wrong Keras",
+            found=found,
+            wanted="Keras 3 on tensorflow",
+            way_out="install keras >= 3.13.1 and unset KERAS_BACKEND in the worker's environment",
+        )
+    # TF32 has 10-bit mantissas and is a precision of its own; on a GPU it would be on by default.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    # On a GPU bias gradients are otherwise summed in any order.
+    tf.config.experimental.enable_op_determinism()
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that this process sees, e.g. ["GPU:0"]."""
+    return [f"GPU:{index}" for index in range(len(tf.config.list_logical_devices("GPU")))]
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a GPU; unlike `gpus`, this leaves the devices untouched."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
+def logical_cpus(count: int) -> list[str]:
+    """Divide this process's CPU into `count` logical devices; they share its cores and memory.
+
+    Returns:
+        Their names, e.g. ["CPU:0", "CPU:1"].
+
+    Raises:
+        EngineError: TensorFlow is already running on fewer.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    made = len(tf.config.get_logical_device_configuration(cpu) or [None])
+    if made < count:
+        try:
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+        except RuntimeError as error:  # TensorFlow's only way to say "already initialised"
+            raise EngineError(
+                f"strategy: cannot divide the CPU into {count} logical devices",
+                found=f"TensorFlow already runs on {made} in this process ({error})",
+                way_out="open the strategy first thing in a fresh process",
+            ) from None
+    return [f"CPU:{index}" for index in range(count)]

@@ -1,0 +1,456 @@
+"""Tables on storage: the record that names a table's contract, its parts, and the sweep of replaced ones.
+
+A table is a folder: `_table.json`, `data/<part>`, and for embeddings `rejects/<part>`. The PUT of a data part is
+the commit; everything a part says about itself stands in its Parquet footer. Names are `engine.parts`' business,
+what is computed in between is not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import ContractMismatch, ObjectNotFound, TableDamaged
+from engine.parts import PartName, Progress, TableProgress, parse_part_name, progress_of
+from engine.schema import SCHEMA_VERSION
+from engine.storage import ObjectInfo, Store
+
+RECORD_NAME = "_table.json"
+DATA_FOLDER = "data/"
+REJECTS_FOLDER = "rejects/"
+READ_THREADS = 8  # parts are small (about 5 MB): reading is bound by the store's latency
+_FOOTER_KEY = b"engine.part"
+_FOOTER_READ_BYTES = 64 << 10  # what pyarrow asks for first; our footers are about 4 KiB
+
+Record = Mapping[str, Any]
+ItemT = TypeVar("ItemT")
+
+
+# ---------------------------------------------------------------- the record of a table
+
+
+def read_record(store: Store, kind: str) -> Record | None:
+    """`_table.json` of the table at `store`, or None where there is no table yet.
+
+    Args:
+        kind: "embeddings" or "predictions".
+
+    Raises:
+        TableDamaged: the record cannot be read, or was written by another schema version.
+        ContractMismatch: it is a table of another kind.
+    """
+    try:
+        text = store.read(RECORD_NAME)
+    except ObjectNotFound:
+        return None
+    where = f"{store.uri}/{RECORD_NAME}"
+    try:
+        record = json.loads(text)
+        found_kind, found_version = record["kind"], record["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TableDamaged(
+            f"{where}: not a table record", found=repr(error), way_out="give another output.uri"
+        ) from None
+    if found_kind != kind:
+        raise ContractMismatch(f"{where}: another kind of table", found=found_kind, wanted=kind)
+    if found_version != SCHEMA_VERSION:
+        raise TableDamaged(
+            f"{where}: written by another version of the engine",
+            found=f"schema version {found_version}",
+            wanted=f"schema version {SCHEMA_VERSION}",
+            way_out="read it with the engine that wrote it, or write a new table",
+        )
+    result: Record = record
+    return result
+
+
+def require_record(store: Store, kind: str) -> Record:
+    """As `read_record`, where the table must exist."""
+    record = read_record(store, kind)
+    if record is None:
+        raise ObjectNotFound(
+            f"{store.uri}: no {kind} table here",
+            wanted=f"a folder with {RECORD_NAME}",
+            way_out="check the uri, or run the job that writes the table first",
+        )
+    return record
+
+
+def claim_table(store: Store, record: Record) -> Record:
+    """Create the table with `record`, or join the one that is there if its contract is the same.
+
+    Returns:
+        The record that is on storage now: ours, or that of the run which was first.
+
+    Raises:
+        ContractMismatch: the table there has another contract.
+    """
+    if store.create(RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode()):
+        return record
+    existing = require_record(store, record["kind"])
+    check_contract(existing, record["contract"], store.uri)
+    return existing
+
+
+def check_contract(record: Record, contract: Mapping[str, Any], table_uri: str) -> None:
+    """Refuse to mix: compare field by field, naming both values.
+
+    Args:
+        record: what the table says of itself.
+        contract: fields that this run would write with; a subset may be given to check early.
+
+    Raises:
+        ContractMismatch: at least one field differs.
+    """
+    recorded, missing = record["contract"], object()
+    present = json.loads(json.dumps(contract))  # as the record spells it: tuples are lists there
+    differing = [name for name, wanted in present.items() if recorded.get(name, missing) != wanted]
+    if not differing:
+        return
+    shown = [
+        f"{name}: the table has {json.dumps(recorded[name]) if name in recorded else 'no such field'}, "
+        f"this run {json.dumps(present[name])}"
+        for name in differing
+    ]
+    raise ContractMismatch(
+        f"{table_uri}: the table was made with another contract\n    " + "\n    ".join(shown),
+        way_out="change the recipe back, or write to a new output.uri",
+    )
+
+
+# ---------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPartFacts:
+    """Footer of an embedding part.
+
+    Attributes:
+        fingerprint: of the network that made it.
+        source_uri: root that `shard` is relative to.
+        shard: relative path of the shard.
+        identity: of the shard's object when it was read.
+        begin_offset: byte in the shard where the part's first sample begins; None where the shard is compressed.
+        end_offset: byte where its last sample ends, and the next part begins; None where compressed.
+        samples: rows + rejects.
+        rejects: samples that have no row.
+        rejects_sha256: hex digest of the rejects file, or None where there are no rejects.
+        embeddings_sha256: hex digest of the embedding numbers, row by row, little-endian.
+        schema_version: of the columns.
+    """
+
+    fingerprint: str
+    source_uri: str
+    shard: str
+    identity: str
+    begin_offset: int | None
+    end_offset: int | None
+    samples: int
+    rejects: int
+    rejects_sha256: str | None
+    embeddings_sha256: str
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionPartFacts:
+    """Footer of a prediction part: which bundle scored which version of which embedding part."""
+
+    bundle: str
+    fingerprint: str
+    embedding_part: str
+    embedding_identity: str
+    rows: int
+    schema_version: int = SCHEMA_VERSION
+
+
+PartFacts = EmbeddingPartFacts | PredictionPartFacts
+
+
+def write_embedding_part(
+    store: Store, name: PartName, data: pa.Table, rejects: pa.Table, facts: EmbeddingPartFacts
+) -> int:
+    """Write rejects, then data; the data PUT commits both.
+
+    Args:
+        data: N rows of `embeddings_schema`; may have no rows.
+        rejects: rows of `rejects_schema`; where empty, a leftover rejects file of that name is deleted instead.
+        facts: `rejects_sha256` and `embeddings_sha256` are filled in here.
+
+    Returns:
+        Bytes written.
+    """
+    reject_bytes = _parquet_bytes(rejects, None) if rejects.num_rows else b""
+    if reject_bytes:
+        store.write(f"{REJECTS_FOLDER}{name}", reject_bytes)
+    else:
+        store.delete(f"{REJECTS_FOLDER}{name}")
+    facts = dataclasses.replace(
+        facts,
+        rejects_sha256=hashlib.sha256(reject_bytes).hexdigest() if reject_bytes else None,
+        embeddings_sha256=embeddings_digest(data["embedding"]),
+    )
+    data_bytes = _parquet_bytes(data, facts)
+    store.write(f"{DATA_FOLDER}{name}", data_bytes)
+    return len(reject_bytes) + len(data_bytes)
+
+
+def write_prediction_part(store: Store, name: PartName, data: pa.Table, facts: PredictionPartFacts) -> int:
+    """One PUT; returns bytes written."""
+    data_bytes = _parquet_bytes(data, facts)
+    store.write(f"{DATA_FOLDER}{name}", data_bytes)
+    return len(data_bytes)
+
+
+def read_embedding_facts(store: Store, name: PartName) -> EmbeddingPartFacts:
+    """Footer of one embedding part, by ranged reads of its end only.
+
+    Raises:
+        ObjectNotFound: no such part.
+        TableDamaged: the file is not a part.
+    """
+    info = store.info(f"{DATA_FOLDER}{name}")
+    try:
+        metadata = pq.read_metadata(_PartEnd(store, info)).metadata or {}
+        return EmbeddingPartFacts(**json.loads(metadata[_FOOTER_KEY]))
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise TableDamaged(
+            f"{store.uri}/{info.path}: not a part of an embedding table",
+            found=repr(error),
+            way_out="delete the file and run extract again",
+        ) from None
+
+
+def embeddings_digest(embedding: pa.ChunkedArray) -> str:
+    """sha-256 (hex) over the numbers of a fixed-size-list column, row by row, little-endian."""
+    return hashlib.sha256(np.ascontiguousarray(embeddings_matrix(embedding)).data).hexdigest()
+
+
+def embeddings_matrix(embedding: pa.ChunkedArray) -> np.ndarray:
+    """The embedding column as an array (N, D) of its own dtype; no copy where the column is one chunk."""
+    column = embedding.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # a column without chunks stays chunked
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
+    matrix: np.ndarray = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+    return matrix
+
+
+def list_parts(store: Store, folder: str = DATA_FOLDER) -> Iterator[tuple[PartName, ObjectInfo]]:
+    """Parts in a folder of the table, sorted by name; files that are not parts are passed over."""
+    for info in store.list(folder):
+        name = parse_part_name(info.path)
+        if name is not None:
+            yield name, info
+
+
+def table_progress(store: Store) -> TableProgress:
+    """What exists, from one listing of `data/`."""
+    return progress_of(name for name, _ in list_parts(store))
+
+
+# ---------------------------------------------------------------- reading a table
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding or prediction table, open for reading: one version per shard.
+
+    Attributes:
+        store: rooted at the table.
+        record: `_table.json`.
+        parts: name and object of each part that counts, sorted by name.
+        incomplete_shards: shards whose end has not been written yet.
+    """
+
+    store: Store
+    record: Record
+    parts: tuple[tuple[PartName, ObjectInfo], ...]
+    incomplete_shards: int
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """All rows of the named columns, in the order of the parts; held in memory at once."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            tables = list(pool.map(lambda part: read_part(self.store, part[1], columns), self.parts))
+        if not tables:
+            raise TableDamaged(
+                f"{self.store.uri}: the table has no parts yet", way_out="run extract on it to its end first"
+            )
+        return pa.concat_tables(tables)
+
+
+def open_table(store: Store, kind: str = "embeddings") -> Table:
+    """Open a table; where a shard stands in several versions, its complete one is read.
+
+    Raises:
+        ObjectNotFound: there is no table.
+    """
+    record = require_record(store, kind)
+    listed = list(list_parts(store))
+    progress = progress_of(name for name, _ in listed)
+    chosen = {path16: _version_to_read(versions) for path16, versions in progress.items()}
+    parts = tuple((name, info) for name, info in listed if chosen[name.path16] == name.source8)
+    incomplete = sum(not progress[path16][version].is_complete for path16, version in chosen.items())
+    return Table(store, record, parts, incomplete)
+
+
+def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of one part, read as one object.
+
+    Raises:
+        ObjectChanged: the part was rewritten since it was listed.
+        TableDamaged: it is not Parquet, or lacks a column.
+    """
+    encoded = store.read(info.path, expected=info)
+    try:
+        return pq.read_table(io.BytesIO(encoded), columns=list(columns) if columns is not None else None)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise TableDamaged(
+            f"{store.uri}/{info.path}: cannot be read as a part",
+            found=str(error),
+            way_out="delete the file and run the job that wrote it again",
+        ) from None
+
+
+def _version_to_read(versions: Mapping[str, Progress]) -> str:
+    """A complete version before a half-done one, then the one with more parts, then by name."""
+    return max(
+        versions, key=lambda version: (versions[version].is_complete, len(versions[version].numbers), version)
+    )
+
+
+# ---------------------------------------------------------------- rejects
+
+
+def count_rejects(store: Store) -> tuple[Counter[str], Counter[PartName]]:
+    """Rejects of the whole table: by reason, and by part. Reads only rejects files whose data part names them."""
+    reasons: Counter[str] = Counter()
+    by_part: Counter[PartName] = Counter()
+    committed = {name for name, _ in list_parts(store)}
+    listed = [(name, info) for name, info in list_parts(store, REJECTS_FOLDER) if name in committed]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        tables = pool.map(lambda part: read_part(store, part[1], ["error"]), listed)
+        for (name, _), table in zip(listed, tables, strict=True):
+            reasons.update(table["error"].to_pylist())
+            by_part[name] = table.num_rows
+    return reasons, by_part
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def sweep(store: Store, shard_paths: Mapping[str, str], identity8_now: Callable[[str], str | None]) -> int:
+    """Delete parts of superseded versions: only where the version the shard has *now* is complete.
+
+    Args:
+        store: rooted at the table.
+        shard_paths: path16 -> relative path, of the shards that this run listed.
+        identity8_now: asks the source again for a shard's version (source8); None where the shard is gone.
+
+    Returns:
+        Number of data parts deleted.
+    """
+    listed = list(list_parts(store))
+    progress = progress_of(name for name, _ in listed)
+    superseded: set[tuple[str, str]] = set()
+    for path16, versions in progress.items():
+        if len(versions) < 2 or path16 not in shard_paths:
+            continue
+        current = identity8_now(shard_paths[path16])
+        if current in versions and versions[current].is_complete:
+            superseded.update((path16, version) for version in versions if version != current)
+    doomed = [name for name, _ in listed if (name.path16, name.source8) in superseded]
+    for name in doomed:
+        store.delete(f"{DATA_FOLDER}{name}")  # data first: rejects without their data part do not count
+        store.delete(f"{REJECTS_FOLDER}{name}")
+    return len(doomed)
+
+
+def sweep_predictions(store: Store, current: set[PartName]) -> int:
+    """Delete prediction parts whose embedding part was rewritten and is scored again, or is no longer read.
+
+    Args:
+        current: names of the prediction parts that the embedding table as read now calls for.
+    """
+    listed = [name for name, _ in list_parts(store)]
+    present = set(listed)
+    scored_now = {(name.path16, name.number) for name in current if name in present}
+    shards_whole = {name.path16 for name in current} - {
+        name.path16 for name in current if name not in present
+    }
+    doomed = [
+        name
+        for name in listed
+        if name not in current and ((name.path16, name.number) in scored_now or name.path16 in shards_whole)
+    ]
+    for name in doomed:
+        store.delete(f"{DATA_FOLDER}{name}")
+    return len(doomed)
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def _parquet_bytes(table: pa.Table, facts: PartFacts | None) -> bytes:
+    """One row group; embeddings are left uncompressed (zstd saves 8 % of float32 noise and costs every reader)."""
+    if facts is not None:
+        footer = json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()
+        table = table.replace_schema_metadata({_FOOTER_KEY: footer})
+    plain = [name for name in table.column_names if name != "embedding"]
+    nested = {"embedding": "embedding.list.element", "top_labels": "top_labels.list.element"}
+    nested["top_confidences"] = "top_confidences.list.element"
+    leaves = {name: nested.get(name, name) for name in table.column_names}
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=max(1, table.num_rows),
+        compression={leaves[name]: "ZSTD" if name in plain else "NONE" for name in table.column_names},
+        use_dictionary=[leaves[name] for name in plain if name not in ("sha256", "bytes", "top_confidences")],
+        write_statistics=[leaves[name] for name in plain if name in ("key", "shard", "index", "label")],
+    )
+    return sink.getvalue()
+
+
+class _PartEnd(io.RawIOBase):
+    """A seekable file over one object whose end is fetched once: enough for pyarrow to parse a footer."""
+
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        super().__init__()
+        self._store, self._info, self._position = store, info, 0
+        self._end_from = max(0, info.size - _FOOTER_READ_BYTES)
+        self._end = store.read(info.path, offset=self._end_from, expected=info)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        size = self._info.size - self._position if size < 0 else size
+        begin = self._position
+        if begin >= self._end_from:
+            chunk = self._end[begin - self._end_from : begin - self._end_from + size]
+        else:
+            chunk = self._store.read(self._info.path, offset=begin, length=size, expected=self._info)
+        self._position += len(chunk)
+        return chunk

@@ -1,0 +1,265 @@
+"""Which row of an embedding table has which label, without guessing. Not for: splits, or numbers of any kind.
+
+Shape letters: N labelled rows.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from engine.errors import LabelError
+from engine.storage import StorageConfig, open_store
+from engine.training.kinds import LabelsConfig
+
+EXAMPLES = 5  # how many offending keys a message shows
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCounts:
+    """What became of the rows and of the labels; part of a bundle's metrics."""
+
+    rows_in_table: int
+    labelled: int
+    unlabelled: int  # rows of the table without a label: left out of the fit
+    unknown_keys: int  # labels whose key is not in the table: ignored
+
+    def as_dict(self) -> dict[str, int]:
+        """For metrics.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """The rows of a table that have a label, in the table's order."""
+
+    positions_N: NDArray[np.int64]  # row of the table
+    keys: Sequence[str]
+    labels: Sequence[str]
+    split_values: Sequence[str | None] | None  # of the explicit split column, None without one
+    counts: LabelCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes a head can answer, and each row's number among them."""
+
+    names: tuple[str, ...]  # sorted by code point
+    numbers_N: NDArray[np.int64]  # -1: the row's class has no training row
+    unseen: dict[str, int]  # class without a training row -> its rows
+
+
+def join_labels(
+    table: pa.Table, config: LabelsConfig, split_column: str | None, storage: StorageConfig
+) -> LabelledRows:
+    """Find each row's label, in the table itself or in a file keyed by `key` (or `shard` and `key`).
+
+    Args:
+        table: an embedding table with `key`, `shard` and whatever columns the recipe names.
+        config: where the labels are.
+        split_column: column with train / validation / test, of the label file if it has it, else of the table.
+        storage: how the label file is reached.
+
+    Raises:
+        LabelError: a column is missing or not text, a label file is unreadable, keys are ambiguous, one key has
+            two labels, or not a single row has a label.
+        StorageError: the label file cannot be fetched.
+    """
+    if config.uri is None:
+        labels = _text_column(table, config.label, "embedding table")
+        splits = None if split_column is None else _text_column(table, split_column, "embedding table")
+        unknown_keys = 0
+    else:
+        labels, splits, unknown_keys = _from_file(table, config, split_column, storage)
+    is_labelled = pc.fill_null(pc.not_equal(labels, ""), False)
+    positions_N = np.flatnonzero(is_labelled.to_numpy(zero_copy_only=False))
+    if len(positions_N) == 0:
+        raise _nothing_labelled(table, config, unknown_keys)
+    return LabelledRows(
+        positions_N=positions_N,
+        keys=table["key"].take(positions_N).to_pylist(),
+        labels=labels.take(positions_N).to_pylist(),
+        split_values=None if splits is None else splits.take(positions_N).to_pylist(),
+        counts=LabelCounts(table.num_rows, len(positions_N), table.num_rows - len(positions_N), unknown_keys),
+    )
+
+
+def encode_classes(labels: Sequence[str], is_train_N: NDArray[np.bool_]) -> Classes:
+    """Number the classes that have training rows, sorted by code point; rows of other classes get -1.
+
+    Raises:
+        LabelError: no training rows, or fewer than two classes among them.
+    """
+    train_rows = Counter(label for label, is_train in zip(labels, is_train_N, strict=True) if is_train)
+    if len(train_rows) < 2:
+        raise LabelError(
+            "labels: nothing to tell apart in the training rows",
+            found=f"{sum(train_rows.values())} training rows, classes: {', '.join(sorted(train_rows)) or 'none'}",
+            wanted="at least 2 classes with training rows",
+            way_out="give more labels, a larger split.train, or another split.seed",
+        )
+    names = tuple(sorted(train_rows))
+    number_of = {name: number for number, name in enumerate(names)}
+    numbers_N = np.fromiter((number_of.get(label, -1) for label in labels), np.int64, len(labels))
+    unseen = Counter(label for label in labels if label not in number_of)
+    return Classes(names, numbers_N, dict(sorted(unseen.items())))
+
+
+def _from_file(
+    table: pa.Table, config: LabelsConfig, split_column: str | None, storage: StorageConfig
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None, int]:
+    """Labels and split values in the table's row order, and how many labels belong to no row."""
+    assert config.uri is not None
+    file = _read_label_file(config.uri, storage)
+    split_in_file = split_column is not None and split_column in file.column_names
+    columns = {
+        "key": _text_column(file, config.key, config.uri),
+        "label": _text_column(file, config.label, config.uri),
+    }
+    if "shard" in file.column_names:
+        columns["shard"] = _text_column(file, "shard", config.uri)
+    if split_column is not None and split_in_file:
+        columns["split"] = _text_column(file, split_column, config.uri)
+    given = pa.table(columns)
+    given = given.filter(
+        pc.and_(pc.fill_null(pc.not_equal(given["label"], ""), False), pc.is_valid(given["key"]))
+    )
+    by_shard = _joins_by_shard(table, given, config.uri)
+    row_ids = _ids(table, by_shard)
+    one_each = _one_per_id(given.append_column("id", _ids(given, by_shard)), config.uri)
+    places = pc.index_in(row_ids, value_set=one_each["id"].combine_chunks())
+    unknown_keys = one_each.num_rows - pc.count_distinct(places, mode="only_valid").as_py()
+    splits = one_each["split"].take(places) if split_in_file else None
+    if split_column is not None and not split_in_file:
+        splits = _text_column(table, split_column, f"{config.uri} and embedding table")
+    return one_each["label"].take(places), splits, unknown_keys
+
+
+def _read_label_file(uri: str, storage: StorageConfig) -> pa.Table:
+    folder, _, name = uri.rpartition("/")
+    content = open_store(folder or ("/" if uri.startswith("/") else "."), storage).read(name)
+    try:
+        if name.endswith(".parquet"):
+            return pa.parquet.read_table(io.BytesIO(content))
+        if name.endswith(".csv"):
+            return _read_csv_as_text(content)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise LabelError(f"labels.uri {uri}: cannot be read", found=" ".join(str(error).split())) from None
+    raise LabelError(
+        f"labels.uri {uri}: unknown kind of label file", wanted="a name ending in .csv or .parquet"
+    )
+
+
+def _read_csv_as_text(content: bytes) -> pa.Table:
+    """All columns as text: the class "01" stays "01", and "NA" or "null" stay words."""
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    with pa.csv.open_csv(io.BytesIO(content), parse_options=parse) as reader:
+        names = reader.schema.names
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    return pa.csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=convert)
+
+
+def _text_column(table: pa.Table, name: str, origin: str) -> pa.ChunkedArray:
+    """A column as strings; whole numbers are written out, fractions and nested values refused."""
+    if name not in table.column_names:
+        raise LabelError(
+            f"{origin}: no column {name!r}",
+            found=", ".join(table.column_names),
+            way_out="name an existing column in labels.key, labels.label or split.column",
+        )
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise LabelError(
+            f"{origin}: column {name!r} is not text",
+            found=str(kind),
+            wanted="strings or whole numbers",
+            way_out="write the column as strings (pandas turns whole numbers with gaps into fractions)",
+        )
+    return column.cast(pa.string())
+
+
+def _joins_by_shard(table: pa.Table, given: pa.Table, uri: str) -> bool:
+    """Whether rows are told apart by shard and key, because a key alone would be ambiguous."""
+    has_shard = "shard" in given.column_names
+    repeated = _repeated(table["key"])
+    if not repeated:
+        return has_shard and bool(_repeated(given["key"]))
+    if not has_shard:
+        raise LabelError(
+            f"labels.uri {uri}: keys repeat across the shards of the embedding table, so a key alone is ambiguous",
+            found=f"for example {', '.join(repeated[:EXAMPLES])}",
+            wanted="a column `shard` in the label file (the shard's path relative to the source)",
+        )
+    twice = _repeated(_ids(table, by_shard=True))
+    if twice:
+        shown = ", ".join(text.replace("\0", " of shard ", 1) for text in _keys_first(twice[:EXAMPLES]))
+        raise LabelError(
+            f"labels.uri {uri}: keys repeat within one shard, so a label cannot say which row it means",
+            found=f"for example {shown}",
+            way_out="label these rows in the shard itself (labels.uri: null), or make the keys unique",
+        )
+    return True
+
+
+def _keys_first(ids: Sequence[str]) -> list[str]:
+    return ["\0".join(reversed(text.split("\0", 1))) for text in ids]
+
+
+def _ids(table: pa.Table, by_shard: bool) -> pa.ChunkedArray:
+    """What a label is joined on: the key, or shard and key with a NUL between (no object name holds one)."""
+    if not by_shard:
+        return table["key"]
+    return pc.binary_join_element_wise(table["shard"], table["key"], "\0")
+
+
+def _repeated(texts: pa.ChunkedArray) -> list[str]:
+    counts = pc.value_counts(texts)
+    return sorted(counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist())
+
+
+def _one_per_id(given: pa.Table, uri: str) -> pa.Table:
+    """One row per id: repetitions that agree are one, two different labels (or splits) for an id are refused."""
+    values = [name for name in ("label", "split") if name in given.column_names]
+    wanted: list[Any] = [(name, "first") for name in values] + [(name, "count_distinct") for name in values]
+    grouped = given.group_by("id", use_threads=False).aggregate(wanted)
+    for name in values:
+        conflicting = grouped.filter(pc.greater(grouped[f"{name}_count_distinct"], 1))["id"].to_pylist()
+        if conflicting:
+            raise _conflict(given, name, sorted(conflicting), uri)
+    return pa.table({"id": grouped["id"], **{name: grouped[f"{name}_first"] for name in values}})
+
+
+def _conflict(given: pa.Table, name: str, ids: list[str], uri: str) -> LabelError:
+    shown = []
+    for text in ids[:EXAMPLES]:
+        found = given.filter(pc.equal(given["id"], text))[name].unique().to_pylist()
+        shown.append(f"{text.replace(chr(0), '/')} ({', '.join(sorted(str(value) for value in found))})")
+    return LabelError(
+        f"labels.uri {uri}: {len(ids)} keys have more than one {name}",
+        found="; ".join(shown) + ("; ..." if len(ids) > EXAMPLES else ""),
+        wanted=f"one {name} per key",
+        way_out="keep one line per key in the label file",
+    )
+
+
+def _nothing_labelled(table: pa.Table, config: LabelsConfig, unknown_keys: int) -> LabelError:
+    origin = "the embedding table" if config.uri is None else f"labels.uri {config.uri}"
+    keys = ", ".join(table["key"].slice(0, 3).to_pylist())
+    return LabelError(
+        f"{origin}: not one row has a label",
+        found=f"{table.num_rows} rows (keys such as {keys or 'none'}), {unknown_keys} labels for other keys",
+        way_out="check labels.uri, labels.key and labels.label, or source.label of the extract recipe",
+    )

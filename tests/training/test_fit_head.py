@@ -1,0 +1,188 @@
+"""From an embedding table to a published bundle, through the real flow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+
+from engine.errors import BundleError, LabelError, TableDamaged
+from engine.heads.bundle import open_bundle
+from engine.predictor import Predictor
+from engine.schema import embeddings_schema
+from engine.storage import StorageConfig, open_store
+from engine.training.fit import FitSummary, fit_head, labelled_embeddings
+from engine.training.kinds import FitSettings
+from engine.training.split import hash_fraction
+
+WIDTH = 7
+RECORD = {"fingerprint": "f" * 64, "width": WIDTH}
+NAMES = ("ant", "bee", "cat")
+
+
+def made_table(num_rows: int = 211, **labels: Sequence[str | None]) -> pa.Table:
+    """Embeddings in three well separated classes, cut into several Arrow chunks."""
+    rng = np.random.default_rng(6)
+    classes_N = rng.integers(0, 3, num_rows)
+    embeddings_ND = (np.eye(3, WIDTH)[classes_N] * 3 + rng.normal(size=(num_rows, WIDTH))).astype(np.float32)
+    given = labels.get("label") or [NAMES[number] for number in classes_N]
+    schema = embeddings_schema(WIDTH, "float32", [name for name in labels if name != "label"])
+    columns: dict[str, Any] = {
+        "key": [f"img{row:04d}" for row in range(num_rows)],
+        "shard": ["a.tar"] * num_rows,
+        "index": list(range(num_rows)),
+        "embedding": list(embeddings_ND),
+        "label": given,
+        "image_width": [64] * num_rows,
+        "image_height": [64] * num_rows,
+        "sha256": [bytes(32)] * num_rows,
+        **{name: values for name, values in labels.items() if name != "label"},
+    }
+    whole = pa.table(columns, schema=schema)
+    return pa.concat_tables([whole.slice(0, 50), whole.slice(50, 1), whole.slice(51)])
+
+
+def fit(
+    table: pa.Table, folder: Path, reports: list[dict[str, Any]] | None = None, **settings: Any
+) -> tuple[FitSummary, dict[str, Any]]:
+    """Fit on one device with few epochs; the summary and the bundle's metrics.json."""
+    document = {
+        "strategy": {"kind": "one_device"},
+        "optimizer": {"learning_rate": 0.05},
+        "training": {"epochs": 20, "batch_size": 32},
+        **settings,
+    }
+    store = open_store(str(folder))
+    report = (reports if reports is not None else []).append
+    summary = fit_head(table, RECORD, FitSettings.model_validate(document), StorageConfig(), store, report)
+    return summary, open_bundle(store).document("metrics")
+
+
+def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -> None:
+    table, reports = made_table(), list[dict[str, Any]]()
+    summary, metrics = fit(table, tmp_path, reports)
+    bundle = open_bundle(open_store(str(tmp_path)))
+    assert list(summary) == ["bundle", "rows", "classes", "metrics", "epochs", "seconds"]
+    assert (summary["bundle"], summary["rows"], summary["classes"]) == (bundle.store.uri, 211, 3)
+    assert bundle.manifest.classes == NAMES
+    assert bundle.manifest.fingerprint == "f" * 64
+    assert bundle.document("embeddings_table") == RECORD
+    assert bundle.document("recipe")["training"]["batch_size"] == 32
+
+    in_test = [hash_fraction(0, key) >= 0.9 for key in table["key"].to_pylist()]
+    predicted = Predictor(bundle, 3).predict_table(table.filter(pa.array(in_test)))
+    truth = [label for label, is_test in zip(table["label"].to_pylist(), in_test, strict=True) if is_test]
+    claimed = metrics["test"]
+    assert claimed["rows"] == len(truth) > 10
+    assert claimed["accuracy"] == np.mean(
+        [a == b for a, b in zip(predicted["label"].to_pylist(), truth, strict=True)]
+    )
+    assert claimed["accuracy"] > 0.85
+    assert summary["metrics"]["test"] == {
+        name: claimed[name] for name in ("accuracy", "top_3_accuracy", "loss")
+    }
+
+    history = metrics["training"]["history"]
+    assert len(history) == len(reports) == summary["epochs"]
+    assert [epoch["train_loss"] for epoch in history] == [report["train_loss"] for report in reports]
+    assert metrics["labels"] == {
+        "rows_in_table": 211,
+        "labelled": 211,
+        "unlabelled": 0,
+        "unknown_keys": 0,
+        "classes_without_training_rows": {},
+    }
+    assert sum(sum(split["rows_per_class"].values()) for split in metrics["split"].values()) == 211
+
+
+def test_mirrored_is_the_default_and_gives_the_same_figures(tmp_path: Path) -> None:
+    _, one_device = fit(made_table(), tmp_path / "one")
+    _, mirrored = fit(made_table(), tmp_path / "mirrored", strategy={"kind": "mirrored"})
+    for ours, theirs in zip(mirrored["training"]["history"], one_device["training"]["history"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert mirrored["test"]["confusion_matrix"] == one_device["test"]["confusion_matrix"]
+
+
+def test_rows_without_a_label_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = made_table()["label"].to_pylist()
+    labels[::10] = [None] * len(labels[::10])
+    with caplog.at_level(logging.WARNING, "engine"):
+        summary, metrics = fit(made_table(label=labels), tmp_path)
+    assert summary["rows"] == 211 - 22
+    assert (metrics["labels"]["labelled"], metrics["labels"]["unlabelled"]) == (189, 22)
+    assert "22 of 211 rows have no label and are left out" in caplog.text
+
+
+def test_labels_from_a_file_give_what_the_same_labels_in_the_table_give(tmp_path: Path) -> None:
+    table = made_table()
+    pairs = list(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True))
+    lines = [f"{key},{label}" for key, label in sorted(pairs, reverse=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["key,label", *lines, "nowhere,ant", ""]))
+    _, own = fit(table, tmp_path / "own")
+    bare = table.drop_columns("label")
+    _, joined = fit(bare, tmp_path / "joined", labels={"uri": str(tmp_path / "labels.csv")})
+    assert joined["training"] == own["training"]
+    assert joined["test"] == own["test"]
+    assert joined["labels"]["unknown_keys"] == 1
+
+
+def test_a_class_seen_only_outside_training_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = made_table()["label"].to_pylist()
+    fold = ["test" if row % 5 == 0 else "train" for row in range(211)]
+    labels[0] = labels[5] = "rare"
+    with caplog.at_level(logging.WARNING, "engine"):
+        summary, metrics = fit(made_table(label=labels, fold=fold), tmp_path, split={"column": "fold"})
+    assert metrics["labels"]["classes_without_training_rows"] == {"rare": 2}
+    assert metrics["test"]["rows"] == 43 - 2
+    assert (summary["rows"], summary["classes"]) == (209, 3)
+    assert "class 'rare' has no training row: its 2 rows are left out" in caplog.text
+
+
+def test_without_validation_and_test_rows_their_metrics_are_null(tmp_path: Path) -> None:
+    split = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    summary, metrics = fit(made_table(), tmp_path, split=split, training={"epochs": 2})
+    assert summary["metrics"] == {"validation": None, "test": None}
+    assert summary["epochs"] == 2
+    assert (metrics["validation"], metrics["test"]) == (None, None)
+    assert "no validation rows" in metrics["training"]["stopped"]
+
+
+def test_two_fits_with_one_recipe_publish_the_same_weights_and_metrics(tmp_path: Path) -> None:
+    matrices, documents = [], []
+    for _ in range(2):
+        _, metrics = fit(made_table(), tmp_path)
+        matrix = open_bundle(open_store(str(tmp_path))).matrix()
+        assert matrix is not None
+        matrices.append((matrix.kernel_DK.tobytes(), matrix.bias_K.tobytes()))
+        documents.append(metrics)
+    assert matrices[0] == matrices[1]
+    assert documents[0] == documents[1]
+
+
+def test_labels_that_cannot_be_used_publish_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="at least 2 classes"):
+        fit(made_table(label=["ant"] * 211), tmp_path)
+    with pytest.raises(BundleError, match="not published"):
+        open_bundle(open_store(str(tmp_path)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_embeddings_are_gathered_across_chunks_in_their_dtype(dtype: type[np.floating[Any]]) -> None:
+    whole_ND: NDArray[Any] = np.arange(11 * 3, dtype=dtype).reshape(11, 3)
+    flat = pa.array(whole_ND.ravel())
+    column = pa.FixedSizeListArray.from_arrays(flat, 3)
+    chunked = pa.chunked_array([column.slice(0, 4), column.slice(4, 0), column.slice(4, 1), column.slice(5)])
+    positions_N = np.array([0, 3, 4, 5, 9])
+    gathered_ND = labelled_embeddings(chunked, positions_N, 3)
+    assert gathered_ND.dtype == dtype
+    np.testing.assert_array_equal(gathered_ND, whole_ND[positions_N])
+    with pytest.raises(TableDamaged, match=r"found: +3\n +wanted: +8"):
+        labelled_embeddings(chunked, positions_N, 8)
