@@ -1,0 +1,561 @@
+"""The plain stages of extraction: a shard becomes parts of pixels, pixels become embeddings, a part is written.
+
+No Ray here: `engine.on_ray` strings these callables together, and tests run them in one process. Between the stages
+one part travels as one Arrow row, so that no executor can split or merge it. What a stage yields is fixed by its
+arguments alone: the set of existing parts is passed in, the output is never listed here.
+
+Shape letters: N samples of a part that have an image, S input side in pixels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from engine.backbones.kinds import BackboneConfig
+from engine.embedder import Embedder
+from engine.errors import EngineError, ObjectChanged, ObjectNotFound, ShardDamaged
+from engine.images import ImageRejected, decode_image
+from engine.parts import Progress, part_name
+from engine.recipes import Limits
+from engine.runtimes.kinds import RuntimeConfig
+from engine.schema import EmbeddingDtype, RejectReason, RejectStage, embeddings_schema, rejects_schema
+from engine.shards.base import Resume, Sample, ShardReader
+from engine.shards.kinds import SourceConfig, metadata_columns, open_reader
+from engine.storage import ObjectInfo, StorageConfig, Store, open_store
+from engine.tables import EmbeddingPartFacts, read_embedding_facts, write_embedding_part
+
+PIXEL_BYTES_PER_PART = 64_000_000
+ROWS_PER_PART_STEP = 64
+ROWS_PER_PART_MAX = 1024
+
+
+def default_rows_per_part(input_size_px: int) -> int:
+    """Samples per part so that its pixels take about 64 MB: a multiple of 64, from 64 to 1,024."""
+    rows = PIXEL_BYTES_PER_PART // (input_size_px**2 * 3)
+    return min(ROWS_PER_PART_MAX, max(ROWS_PER_PART_STEP, rows // ROWS_PER_PART_STEP * ROWS_PER_PART_STEP))
+
+
+@dataclass(frozen=True)
+class ExtractJob:
+    """What every stage needs to know; small, picklable, without weights.
+
+    Attributes:
+        fingerprint, tensor_digest, canary, width: as the resolve task found them; every actor must agree.
+        rows_per_part: samples in one part, resolved.
+        decode_threads: threads in each reader.
+        embed_threads: threads of each actor, None for the runtime's default.
+    """
+
+    source: SourceConfig
+    storage: StorageConfig
+    backbone: BackboneConfig
+    runtime: RuntimeConfig
+    limits: Limits
+    table_uri: str
+    dtype: EmbeddingDtype
+    rows_per_part: int
+    fingerprint: str
+    tensor_digest: str
+    canary: tuple[tuple[float, ...], ...]
+    width: int
+    decode_threads: int = 1
+    embed_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """One shard that is not complete, and which of its parts exist."""
+
+    shard: ObjectInfo
+    existing: Progress = field(default_factory=Progress)
+
+
+class Resolved(NamedTuple):
+    """What loading the backbone once settles for the whole table."""
+
+    fingerprint: str
+    fingerprint_fields: dict[str, Any]
+    tensor_digest: str
+    width: int
+    canary: tuple[tuple[float, ...], ...]
+
+
+def resolve(
+    backbone: BackboneConfig, runtime: RuntimeConfig, storage: StorageConfig, num_threads: int | None
+) -> Resolved:
+    """Load the backbone where it will run and state its fingerprint, width and canary."""
+    embedder = Embedder(backbone, runtime, storage, num_threads)
+    canary = tuple(tuple(float(number) for number in row) for row in embedder.canary())
+    return Resolved(
+        embedder.fingerprint,
+        dict(embedder.fingerprint_fields),
+        embedder.tensor_digest,
+        embedder.width,
+        canary,
+    )
+
+
+# ---------------------------------------------------------------- what travels between the stages
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """What is known of a part besides its samples.
+
+    Attributes:
+        shard, identity: relative path, and the object's identity when it was listed.
+        number: of the part within its shard; for a failed shard, of the part that could not be made.
+        damage: why the shard cannot be read on from here; such a header has no samples.
+        samples: rows + rejects.
+        bytes_read: from the source, since the part before.
+        read_s, decode_s, embed_s, write_s: seconds of one thread spent on the part in each stage.
+    """
+
+    shard: str
+    identity: str
+    number: int
+    last: bool = False
+    begin_offset: int | None = None
+    end_offset: int | None = None
+    samples: int = 0
+    damage: str | None = None
+    bytes_read: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    embed_s: float = 0.0
+    write_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part on its way: after reading `array` is pixels uint8 (N, S, S, 3), after embedding float (N, D)."""
+
+    header: PartHeader
+    samples: pa.Table | None = None
+    rejects: pa.Table | None = None
+    array: np.ndarray | None = None
+
+    def to_row(self) -> pa.Table:
+        """One Arrow row, whatever the number of samples; the array's buffer is not copied."""
+        shape = list(self.array.shape) if self.array is not None else None
+        dtype = str(self.array.dtype) if self.array is not None else None
+        return pa.table(
+            {
+                "header": pa.array([json.dumps({**asdict(self.header), "shape": shape, "dtype": dtype})]),
+                "samples": pa.array([_ipc(self.samples)], pa.large_binary()),
+                "rejects": pa.array([_ipc(self.rejects)], pa.large_binary()),
+                "array": _one_binary(self.array),
+            }
+        )
+
+    @staticmethod
+    def from_row(row: pa.Table) -> Part:
+        """Inverse of `to_row`; the array is a read-only view of the row's buffer."""
+        fields = json.loads(row["header"][0].as_py())
+        shape, dtype = fields.pop("shape"), fields.pop("dtype")
+        array = None
+        if shape is not None:
+            buffer = row["array"][0].as_buffer()
+            array = np.frombuffer(buffer if buffer is not None else b"", dtype).reshape(shape)
+        return Part(PartHeader(**fields), _from_ipc(row["samples"][0]), _from_ipc(row["rejects"][0]), array)
+
+
+def _ipc(table: pa.Table | None) -> pa.Buffer | None:
+    if table is None:
+        return None
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_ipc(value: pa.Scalar) -> pa.Table | None:
+    return pa.ipc.open_stream(value.as_buffer()).read_all() if value.is_valid else None
+
+
+def _one_binary(array: np.ndarray | None) -> pa.Array:
+    if array is None:
+        return pa.nulls(1, pa.large_binary())
+    data = pa.py_buffer(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+# ---------------------------------------------------------------- stage 1: read and decode
+
+
+def read_parts(job: ExtractJob, works: Sequence[ShardWork]) -> Iterator[pa.Table]:
+    """Read shards and yield each missing part as a row; a shard that cannot be read on yields a row that says so.
+
+    Raises:
+        StorageError: the store itself is at fault (denied, unreachable), so going on makes no sense.
+    """
+    source = open_store(job.source.uri, job.storage)
+    table = open_store(job.table_uri, job.storage)
+    reader = open_reader(job.source, job.limits.max_sample_bytes)
+    with ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode") as pool:
+        for work in works:
+            for part in _parts_of_shard(job, reader, source, table, work, pool):
+                yield part.to_row()
+
+
+def _parts_of_shard(
+    job: ExtractJob,
+    reader: ShardReader,
+    source: Store,
+    table: Store,
+    work: ShardWork,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Part]:
+    shard, existing = work.shard, work.existing
+    number = existing.first_missing
+    resume = _resume_point(job, table, work)
+    meter = _ReadMeter()
+    builder = _PartBuilder(job, shard, number, pool)
+    try:
+        samples = meter.timed(reader.read(source, shard, resume, on_bytes=meter.add_bytes))
+        for sample in samples:
+            if builder.is_full:
+                if number not in existing.numbers:
+                    yield builder.finish(last=False, meter=meter)
+                number += 1
+                if existing.last is not None and number > existing.last:
+                    return
+                builder = _PartBuilder(job, shard, number, pool)
+            builder.add(sample, wanted=number not in existing.numbers)
+        if number not in existing.numbers:
+            yield builder.finish(last=True, meter=meter)
+    except (ShardDamaged, ObjectChanged, ObjectNotFound) as error:
+        builder.abandon()
+        yield Part(
+            PartHeader(shard.path, shard.identity, number, damage=str(error), bytes_read=meter.take_bytes())
+        )
+
+
+def _resume_point(job: ExtractJob, table: Store, work: ShardWork) -> Resume:
+    """Where the first missing part begins: behind the part before it, whose footer knows the byte."""
+    number = work.existing.first_missing
+    if number == 0:
+        return Resume(index=0, offset=None)
+    before = part_name(work.shard.path, work.shard.identity, number - 1, last=False)
+    try:
+        offset = read_embedding_facts(table, before).end_offset
+    except ObjectNotFound:  # deleted since it was listed: read from the start, the parts are the same
+        offset = None
+    return Resume(index=number * job.rows_per_part, offset=offset)
+
+
+class _ReadMeter:
+    """Bytes and seconds spent on reading, handed out part by part."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._seconds = 0.0
+
+    def add_bytes(self, count: int) -> None:
+        self._bytes += count
+
+    def timed(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        while True:
+            started = time.perf_counter()
+            sample = next(samples, None)
+            self._seconds += time.perf_counter() - started
+            if sample is None:
+                return
+            yield sample
+
+    def take_bytes(self) -> int:
+        taken, self._bytes = self._bytes, 0
+        return taken
+
+    def take_seconds(self) -> float:
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class _Reject:
+    key: str
+    index: int
+    stage: RejectStage
+    reason: RejectReason
+    message: str
+    size_bytes: int
+    sha256: bytes | None
+    encoded: bytes | None
+
+
+class _Decoded(NamedTuple):
+    sha256: bytes
+    width_px: int
+    height_px: int
+    seconds: float
+    rejected: ImageRejected | None
+
+
+class _PartBuilder:
+    """Collects the samples of one part; images are decoded by the pool while the shard is read on."""
+
+    def __init__(self, job: ExtractJob, shard: ObjectInfo, number: int, pool: ThreadPoolExecutor) -> None:
+        self._job, self._shard, self._number, self._pool = job, shard, number, pool
+        self._samples: list[Sample] = []
+        self._decoding: list[Future[_Decoded] | None] = []
+        self._in_flight: deque[Future[_Decoded]] = deque()
+        side = job.backbone.input_size
+        self._pixels_NSS3 = np.empty((job.rows_per_part, side, side, 3), np.uint8)
+        self._count = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._count == self._job.rows_per_part
+
+    def add(self, sample: Sample, wanted: bool) -> None:
+        """Take one sample; `wanted` is False where the part exists and its samples are only passed over."""
+        self._count += 1
+        if not wanted:
+            return
+        future = None
+        if sample.problem is None and sample.image is not None:
+            future = self._pool.submit(self._decode, sample.image, len(self._samples))
+            self._in_flight.append(future)
+            while len(self._in_flight) > 4 * self._job.decode_threads:  # encoded images held in memory
+                self._in_flight.popleft().result()
+        keeps_bytes = self._job.limits.keep_reject_bytes
+        self._samples.append(sample if keeps_bytes else replace(sample, image=None))
+        self._decoding.append(future)
+
+    def abandon(self) -> None:
+        """Drop the part: its shard cannot be read to the part's end."""
+        for future in self._in_flight:
+            future.cancel()
+
+    def finish(self, last: bool, meter: _ReadMeter) -> Part:
+        """The part, in the order of its samples."""
+        results = [future.result() if future else None for future in self._decoding]
+        rejects: list[_Reject] = []
+        kept: list[int] = []
+        for slot, (sample, decoded) in enumerate(zip(self._samples, results, strict=True)):
+            reject = _reject_of(sample, decoded)
+            if reject is None:
+                kept.append(slot)
+            else:
+                rejects.append(reject)
+        pixels = self._pixels_NSS3[: len(kept)] if len(kept) == len(results) else self._pixels_NSS3[kept]
+        header = PartHeader(
+            self._shard.path,
+            self._shard.identity,
+            self._number,
+            last,
+            begin_offset=self._samples[0].begin_offset if self._samples else None,
+            end_offset=self._samples[-1].end_offset if self._samples else None,
+            samples=len(self._samples),
+            bytes_read=meter.take_bytes(),
+            read_s=meter.take_seconds(),
+            decode_s=sum(decoded.seconds for decoded in results if decoded),
+        )
+        return Part(header, self._sample_table(kept, results), self._reject_table(rejects), pixels)
+
+    def _decode(self, encoded: bytes, slot: int) -> _Decoded:
+        """Runs on a pool thread; each call writes its own slot of the pixel array."""
+        started = time.perf_counter()
+        digest = hashlib.sha256(encoded).digest()
+        backbone = self._job.backbone
+        try:
+            image = decode_image(encoded, backbone.input_size, backbone.resize, self._job.limits.max_pixels)
+        except ImageRejected as rejected:
+            return _Decoded(digest, 0, 0, time.perf_counter() - started, rejected)
+        self._pixels_NSS3[slot] = image.pixels_SS3
+        return _Decoded(digest, image.width_px, image.height_px, time.perf_counter() - started, None)
+
+    def _sample_table(self, kept: Sequence[int], results: Sequence[_Decoded | None]) -> pa.Table:
+        """The columns of the data part besides `embedding`."""
+        schema = _samples_schema(self._job)
+        samples = [self._samples[slot] for slot in kept]
+        decoded = [results[slot] for slot in kept]
+        columns: list[list[Any]] = [
+            [sample.key for sample in samples],
+            [self._shard.path] * len(kept),
+            [sample.index for sample in samples],
+            [sample.label for sample in samples],
+            [image.width_px if image else 0 for image in decoded],
+            [image.height_px if image else 0 for image in decoded],
+            [image.sha256 if image else b"" for image in decoded],
+            *(
+                [sample.metadata[i] for sample in samples]
+                for i in range(len(metadata_columns(self._job.source)))
+            ),
+        ]
+        return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+    def _reject_table(self, rejects: Sequence[_Reject]) -> pa.Table:
+        keeps_bytes = self._job.limits.keep_reject_bytes
+        rows = [
+            {
+                "key": reject.key,
+                "shard": self._shard.path,
+                "index": reject.index,
+                "stage": reject.stage,
+                "error": str(reject.reason),
+                "message": reject.message,
+                "size_bytes": reject.size_bytes,
+                "sha256": reject.sha256,
+                **({"bytes": reject.encoded} if keeps_bytes else {}),
+            }
+            for reject in rejects
+        ]
+        return pa.Table.from_pylist(rows, schema=rejects_schema(keeps_bytes))
+
+
+def _reject_of(sample: Sample, decoded: _Decoded | None) -> _Reject | None:
+    stage: Literal["read", "decode"]
+    if sample.problem is not None:
+        (reason, message), stage = sample.problem, "read"
+    elif decoded is None or decoded.rejected is None:
+        return None
+    else:
+        reason, message, stage = decoded.rejected.reason, decoded.rejected.message, "decode"
+    digest = decoded.sha256 if decoded else None
+    return _Reject(sample.key, sample.index, stage, reason, message, sample.size_bytes, digest, sample.image)
+
+
+def _samples_schema(job: ExtractJob) -> pa.Schema:
+    schema = embeddings_schema(job.width, job.dtype, metadata_columns(job.source))
+    return schema.remove(schema.get_field_index("embedding"))
+
+
+# ---------------------------------------------------------------- stage 2: embed
+
+
+class PartEmbedder:
+    """Actor body: pixels of a part -> embeddings of a part; rows the network cannot answer become rejects.
+
+    Raises:
+        CanaryMismatch: this process computes other numbers than the table was made with.
+    """
+
+    def __init__(self, job: ExtractJob) -> None:
+        self._job = job
+        self._embedder = Embedder(job.backbone, job.runtime, job.storage, job.embed_threads)
+        self._embedder.check(job.tensor_digest, np.asarray(job.canary, np.float32))
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        part = Part.from_row(row)
+        if part.header.damage is not None:
+            return row
+        assert part.array is not None and part.samples is not None and part.rejects is not None
+        started = time.perf_counter()
+        embeddings_ND = self._embedder.embed(part.array)
+        header = replace(part.header, embed_s=time.perf_counter() - started)
+        with np.errstate(over="ignore"):  # beyond float16's range: becomes infinite, and so a reject
+            embeddings_ND = embeddings_ND.astype(self._job.dtype, copy=False)
+        return _without_unusable(Part(header, part.samples, part.rejects, embeddings_ND)).to_row()
+
+
+def _without_unusable(part: Part) -> Part:
+    """Move rows whose embedding is zero or not finite to the rejects."""
+    assert part.array is not None and part.samples is not None and part.rejects is not None
+    finite = np.isfinite(part.array).all(axis=1)
+    usable = finite & part.array.any(axis=1)
+    if usable.all():
+        return part
+    rejects = part.samples.filter(pa.array(~usable))
+    reasons = [
+        RejectReason.ZERO_EMBEDDING if row_is_finite else RejectReason.NON_FINITE_EMBEDDING
+        for row_is_finite in finite[~usable]
+    ]
+    added = pa.Table.from_pylist(
+        [
+            {
+                **{name: row[name] for name in ("key", "shard", "index", "sha256")},
+                "stage": "embed",
+                "error": str(reason),
+                "message": f"the network's answer for a {row['image_width']} x {row['image_height']} image",
+                "size_bytes": 0,
+            }
+            for row, reason in zip(rejects.to_pylist(), reasons, strict=True)
+        ],
+        schema=part.rejects.schema,
+    )
+    in_order = pa.concat_tables([part.rejects, added]).sort_by("index")
+    return Part(part.header, part.samples.filter(pa.array(usable)), in_order, part.array[usable])
+
+
+# ---------------------------------------------------------------- stage 3: write
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the driver hears of a part that is committed, or of a shard that failed (`header.damage`)."""
+
+    header: PartHeader
+    rows: int = 0
+    rejects: int = 0
+    reject_reasons: dict[str, int] = field(default_factory=dict)
+    bytes_written: int = 0
+
+    def to_row(self) -> pa.Table:
+        return pa.table({"receipt": [json.dumps(asdict(self))]})
+
+    @staticmethod
+    def from_json(text: str) -> Receipt:
+        fields = json.loads(text)
+        return Receipt(**{**fields, "header": PartHeader(**fields["header"])})
+
+
+def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
+    """Commit one part and answer with its receipt."""
+    part = Part.from_row(row)
+    if part.header.damage is not None:
+        return Receipt(part.header).to_row()
+    assert part.array is not None and part.samples is not None and part.rejects is not None
+    header = part.header
+    if part.samples.num_rows + part.rejects.num_rows != header.samples:
+        raise EngineError(
+            f"{header.shard}: part {header.number} does not account for every sample",
+            found=f"{part.samples.num_rows} rows + {part.rejects.num_rows} rejects",
+            wanted=f"{header.samples} samples",
+            way_out="this is a defect of the engine: nothing was written for this part",
+        )
+    started = time.perf_counter()
+    name = part_name(header.shard, header.identity, header.number, header.last)
+    facts = EmbeddingPartFacts(
+        fingerprint=job.fingerprint,
+        source_uri=job.source.uri,
+        shard=header.shard,
+        identity=header.identity,
+        begin_offset=header.begin_offset,
+        end_offset=header.end_offset,
+        samples=header.samples,
+        rejects=part.rejects.num_rows,
+        rejects_sha256=None,
+        embeddings_sha256="",
+    )
+    store = open_store(job.table_uri, job.storage)
+    written = write_embedding_part(store, name, _data_table(job, part), part.rejects, facts)
+    return Receipt(
+        replace(header, write_s=time.perf_counter() - started),
+        rows=part.samples.num_rows,
+        rejects=part.rejects.num_rows,
+        reject_reasons=dict(Counter(part.rejects["error"].to_pylist())),
+        bytes_written=written,
+    ).to_row()
+
+
+def _data_table(job: ExtractJob, part: Part) -> pa.Table:
+    """Samples and embeddings side by side, columns in the order of the schema."""
+    assert part.array is not None and part.samples is not None
+    schema = embeddings_schema(job.width, job.dtype, metadata_columns(job.source))
+    numbers = pa.array(np.ascontiguousarray(part.array).reshape(-1))
+    embedding = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type)
+    columns = {**{name: part.samples[name] for name in part.samples.column_names}, "embedding": embedding}
+    return pa.table([columns[name] for name in schema.names], schema=schema)

@@ -1,0 +1,393 @@
+"""The one adapter between plain callables and Ray: a session, tasks, Ray Data stages and Ray Train workers.
+
+Nothing is computed here. Errors travel as rows, because Ray does not carry an exception's own class and fields
+from a stage to the driver (checked in Ray 2.60: the cause of a UserCodeException is lost when it is pickled).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.exceptions import RayError
+
+from engine.errors import ClusterError, EngineError
+from engine.extraction import (
+    ExtractJob,
+    PartEmbedder,
+    Receipt,
+    Resolved,
+    ShardWork,
+    read_parts,
+    resolve,
+    write_part,
+)
+from engine.plan import READ_TASK_CPUS, WRITE_TASK_CPUS, Machines, Sizing
+
+# A part must leave its task as soon as it is ready: at Ray's default of 128 MiB no part moved on for 25 s.
+TARGET_BLOCK_BYTES = 1 << 20
+# Ray 2.57 lowered the default from 10 to 2, which starves actors that start slowly.
+DOWNSTREAM_CAPACITY_RATIO = 10.0
+# Two parts per actor: one computed on, one waiting in its queue.
+PARTS_IN_FLIGHT_PER_ACTOR = 2
+_FAILURE = "failure"
+
+Stage = Callable[[pa.Table], pa.Table]
+
+
+# ---------------------------------------------------------------- the session
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
+    """Connect to a cluster, or start a local Ray and end it afterwards.
+
+    Args:
+        address: of a running cluster. None: the cluster this process was submitted to (RAY_ADDRESS), else a local Ray.
+        local_cpus: logical CPUs of a local Ray; at least what the stages reserve, or they would wait for ever.
+
+    Raises:
+        ClusterError: no cluster answers there.
+    """
+    if ray.is_initialized():  # several jobs in one process share the session of the first
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    _quieten()
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            ray.init(num_cpus=max(1, math.ceil(local_cpus)), include_dashboard=False, **common)
+    except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+        raise ClusterError(
+            f"Ray at {address or 'this machine'} cannot be used",
+            found=" ".join(str(error).split())[:500],
+            way_out="check compute.address (`ray status` there), or leave it out for a local Ray",
+        ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, on_sigterm
+        )  # ray.init has put its own there, which ends with exit code 15
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def machines_here() -> Machines:
+    """This machine, for a local Ray: the cores that this process may use."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    return Machines(cpus=cpus, gpus=0.0, largest_node_cpus=cpus, largest_node_gpus=0.0, nodes=1)
+
+
+def machines_of_cluster() -> Machines:
+    """What the connected cluster has now."""
+    nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
+    cpus = [node["CPU"] for node in nodes if node.get("CPU")]
+    if not cpus:
+        raise ClusterError(
+            "the Ray cluster has no CPUs to work on",
+            found=f"{len(nodes)} nodes without CPU resources",
+            way_out="add worker nodes (a head with num-cpus 0 does no work)",
+        )
+    gpus = [node.get("GPU", 0.0) for node in nodes]
+    return Machines(sum(cpus), sum(gpus), max(cpus), max(gpus), len(cpus))
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def _quieten() -> None:
+    """Ray's own progress and INFO lines would drown ours; its other warnings stay."""
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # no FutureWarning about GPUs on CPU workers
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "3"
+    )  # Ray Train's TensorFlow trainer imports TensorFlow here
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks for", category=UserWarning)
+    # "Progress bars disabled", at every run. A filter, because Ray Data sets levels again when it starts.
+    logging.getLogger("ray.data._internal.progress").addFilter(lambda _record: False)
+
+
+@contextlib.contextmanager
+def _native_stderr_silenced() -> Iterator[None]:
+    """Nothing that C++ code writes to file descriptor 2 is shown; Python exceptions are as ever."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+# ---------------------------------------------------------------- one task
+
+
+def run_on_worker(function: Callable[..., Any], *arguments: Any, num_cpus: float, num_gpus: float) -> Any:
+    """Run one plain function as a task where actors would run, and return its answer.
+
+    Raises:
+        EngineError: as the function raised it.
+    """
+
+    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)
+    def task() -> tuple[Any, bytes | None]:
+        try:
+            return function(*arguments), None
+        except EngineError as error:
+            return None, pickle.dumps(error)
+
+    answer, failure = ray.get(task.remote())
+    if failure is not None:
+        raise pickle.loads(failure)
+    return answer
+
+
+def run_resolve(job_pieces: tuple[Any, ...], sizing: Sizing) -> Resolved:
+    """`engine.extraction.resolve` on a worker of the actors' kind."""
+    resolved: Resolved = run_on_worker(
+        resolve, *job_pieces, sizing.embed_threads, num_cpus=sizing.actor_cpus, num_gpus=sizing.actor_gpus
+    )
+    return resolved
+
+
+# ---------------------------------------------------------------- Ray Data
+
+
+def run_extract(job: ExtractJob, groups: Sequence[Sequence[ShardWork]], sizing: Sizing) -> Iterator[Receipt]:
+    """Stream shards through readers, actors and writers; receipts come as parts are committed, in any order.
+
+    Raises:
+        EngineError: as the first stage to fail raised it; parts committed so far stay.
+    """
+    _set_data_context()
+    dataset = ray.data.read_datasource(
+        _ShardSource(job, groups),
+        compute=TaskPoolStrategy(size=min(sizing.decode_tasks, len(groups))),
+        override_num_blocks=len(groups),
+        num_cpus=READ_TASK_CPUS,
+    )
+    dataset = dataset.map_batches(
+        _EmbedActor,
+        fn_constructor_args=(job,),
+        compute=ActorPoolStrategy(
+            size=sizing.actors, max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT_PER_ACTOR
+        ),
+        num_cpus=sizing.actor_cpus,
+        num_gpus=sizing.actor_gpus or None,
+        **_ONE_PART_A_CALL,
+    )
+    writers = max(2, sizing.actors)  # each is a process to start; one keeps up with several actors
+    dataset = dataset.map_batches(
+        _write_row,
+        fn_args=(job,),
+        compute=TaskPoolStrategy(size=writers),
+        num_cpus=WRITE_TASK_CPUS,
+        **_ONE_PART_A_CALL,
+    )
+    for receipt in _column(dataset, "receipt"):
+        yield Receipt.from_json(receipt)
+
+
+def run_parts(
+    actor: type[Any],
+    constructor_args: tuple[Any, ...],
+    items: Sequence[str],
+    num_actors: int,
+    actor_cpus: float,
+) -> Iterator[str]:
+    """Spread items (JSON texts) over a pool of actors that answer each with a JSON text.
+
+    Args:
+        actor: a plain class; `actor(*constructor_args)(text) -> text`.
+    """
+    _set_data_context()
+    dataset: Dataset = ray.data.from_arrow([pa.table({"item": [item]}) for item in items])
+    dataset = dataset.map_batches(
+        _ItemActor,
+        fn_constructor_args=(actor, constructor_args),
+        compute=ActorPoolStrategy(size=num_actors),
+        num_cpus=actor_cpus,
+        **_ONE_PART_A_CALL,
+    )
+    yield from _column(dataset, "answer")
+
+
+_ONE_PART_A_CALL: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+
+
+def _set_data_context() -> None:
+    context = DataContext.get_current()
+    context.target_max_block_size = TARGET_BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.enable_rich_progress_bars = False
+    context.downstream_capacity_backpressure_ratio = DOWNSTREAM_CAPACITY_RATIO
+    context.log_internal_stack_trace_to_stdout = False
+    context.issue_detectors_config.detectors = []  # they measure a reused process, and blame the stage it runs now
+
+
+class _ShardSource(Datasource):
+    """One read task per group of shards; what a task yields is fixed by its group alone."""
+
+    def __init__(self, job: ExtractJob, groups: Sequence[Sequence[ShardWork]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._job, self._groups = job, groups
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        return [ReadTask(_Reader(self._job, tuple(group)), _block_facts(group)) for group in self._groups]
+
+
+def _block_facts(group: Sequence[ShardWork]) -> BlockMetadata:
+    paths = tuple(work.shard.path for work in group)
+    return BlockMetadata(num_rows=None, size_bytes=None, input_files=paths, exec_stats=None)
+
+
+class _Reader:
+    """Picklable body of a read task."""
+
+    def __init__(self, job: ExtractJob, works: tuple[ShardWork, ...]) -> None:
+        self._job, self._works = job, works
+
+    def __call__(self) -> Iterator[pa.Table]:
+        try:
+            for row in read_parts(self._job, self._works):
+                yield _passed(row)
+        except EngineError as error:
+            yield _failed(error)
+
+
+class _EmbedActor:
+    """A failing start is kept and told with the first row: Ray would retry the actor and hide the message."""
+
+    def __init__(self, job: ExtractJob) -> None:
+        self._stage: Stage | EngineError
+        try:
+            self._stage = PartEmbedder(job)
+        except EngineError as error:
+            self._stage = error
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        return _guarded(self._stage, row)
+
+
+def _write_row(row: pa.Table, job: ExtractJob) -> pa.Table:
+    return _guarded(lambda part: write_part(job, part), row)
+
+
+class _ItemActor:
+    def __init__(self, actor: type[Any], constructor_args: tuple[Any, ...]) -> None:
+        self._actor: Any
+        try:
+            self._actor = actor(*constructor_args)
+        except EngineError as error:
+            self._actor = error
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        if isinstance(self._actor, EngineError):
+            return _failed(self._actor)
+        try:
+            return _passed(pa.table({"answer": [self._actor(row["item"][0].as_py())]}))
+        except EngineError as error:
+            return _failed(error)
+
+
+def _guarded(stage: Stage | EngineError, row: pa.Table) -> pa.Table:
+    """Run a stage on a row; a row that failed before is handed on, an EngineError becomes such a row."""
+    if row[_FAILURE][0].is_valid:
+        return row
+    if isinstance(stage, EngineError):
+        return _failed(stage)
+    try:
+        return _passed(stage(row.drop_columns([_FAILURE])))
+    except EngineError as error:
+        return _failed(error)
+
+
+def _passed(row: pa.Table) -> pa.Table:
+    return row.append_column(_FAILURE, pa.nulls(row.num_rows, pa.binary()))
+
+
+def _failed(error: EngineError) -> pa.Table:
+    return pa.table({_FAILURE: pa.array([pickle.dumps(error)], pa.binary())})
+
+
+def _column(dataset: Dataset, name: str) -> Iterator[str]:
+    """The texts of one column as they arrive; raises the first failure that arrives instead."""
+    batch: Any
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for failure in batch[_FAILURE].to_pylist():
+            if failure is not None:
+                raise pickle.loads(failure)
+        yield from batch[name].to_pylist()
+
+
+# ---------------------------------------------------------------- Ray Train
+
+
+def run_training(function: Callable[[], dict[str, Any]], num_cpus: float, num_gpus: float) -> dict[str, Any]:
+    """Run one training worker under Ray Train and return its answer.
+
+    Args:
+        function: the whole training; runs in a worker process with its own TensorFlow. Picklable.
+
+    Raises:
+        EngineError: as the function raised it.
+        ClusterError: the worker was lost.
+    """
+    with (
+        _native_stderr_silenced()
+    ):  # importing the trainer imports TensorFlow, which writes of GPUs it did not find
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.tensorflow import TensorflowTrainer
+
+    def loop() -> tuple[dict[str, Any] | None, bytes | None]:
+        try:
+            return function(), None
+        except EngineError as error:
+            return None, pickle.dumps(error)
+
+    resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    with tempfile.TemporaryDirectory(prefix="engine-train-") as scratch:
+        trainer: Any = TensorflowTrainer(
+            loop,  # type: ignore[arg-type]  # typed for functions without an answer
+            scaling_config=ScalingConfig(num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources),
+            run_config=RunConfig(storage_path=scratch, name=f"fit-{int(time.time())}"),
+        )
+        try:
+            answer, failure = trainer.fit().return_value  # metrics would reach us with a checkpoint only
+        except (RuntimeError, RayError) as error:
+            raise ClusterError("the training worker was lost", found=str(error)[-1500:]) from None
+    if failure is not None:
+        raise pickle.loads(failure)
+    result: dict[str, Any] = answer
+    return result

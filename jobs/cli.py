@@ -1,0 +1,187 @@
+"""The `engine` command: arguments, exit codes, and the verbs that are not jobs of their own.
+
+Imports stay light, so that `--help` and a wrong recipe answer at once; a verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from engine.errors import EXIT_DONE, EngineError, Interrupted, RecipeError
+
+app = typer.Typer(
+    name="engine",
+    help="Image archives to embeddings, classifiers and labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done; 1 the run failed; 2 wrong recipe or arguments; 3 finished, but over the error "
+    "budget or a gate said no; 130 interrupted (safe to run again).",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="YAML file; `engine schema VERB` says what it may hold.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH.TO.KEY=VALUE", help="Change one field of the recipe; may be repeated."
+    ),
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Print what would be done and touch nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON summary as the last line of stdout.")]
+
+
+class PoolingName(StrEnum):
+    """`engine.backbones.kinds.Pooling`, as the command line needs it."""
+
+    AVG = "avg"
+    MAX = "max"
+
+
+RECIPE_CLASSES = {"extract": "ExtractRecipe", "fit": "FitRecipe", "score": "ScoreRecipe"}
+
+
+@app.command()
+def extract(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
+    """Stream image shards through a frozen backbone and write embedding parts; only what is new is done."""
+    _run_job("extract", recipe, overrides, plan, as_json)
+
+
+@app.command()
+def fit(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
+    """Fit a head on an embedding table and publish it as a bundle."""
+    _run_job("fit", recipe, overrides, plan, as_json)
+
+
+@app.command()
+def score(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
+    """Label an embedding table with a bundle; writes prediction parts, only what is new."""
+    _run_job("score", recipe, overrides, plan, as_json)
+
+
+@app.command()
+def backbones(
+    name: Annotated[str | None, typer.Argument(help="Show this one; without it, list all names.")] = None,
+    input_size: Annotated[int, typer.Option(help="Side of the square input in pixels.")] = 224,
+    pooling: Annotated[
+        PoolingName, typer.Option(help="How a feature map becomes one vector.")
+    ] = PoolingName.AVG,
+    layer: Annotated[str | None, typer.Option(help="Cut at this layer.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the backbones, or show one: parameters, trainable and frozen, layers, width, scaling."""
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "3"
+    )  # before TensorFlow is loaded: this verb computes nothing
+    from engine.backbones.kinds import backbone_names, describe_backbone
+
+    if name is not None:
+        _print_facts(describe_backbone(name, input_size, pooling.value, layer), as_json)
+    elif as_json:
+        print(json.dumps(backbone_names()))
+    else:
+        print("\n".join(backbone_names()))
+
+
+@app.command()
+def schema(verb: Annotated[str, typer.Argument(help=", ".join(RECIPE_CLASSES))]) -> None:
+    """Print the JSON Schema of a verb's recipe."""
+    print(json.dumps(_recipe_class(verb).model_json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where shards, tables and the bundle go.")] = Path(
+        "demo-output"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Run the whole cycle on bundled real images: shards, extract, fit, score."""
+    from jobs.demo import run_demo
+
+    with _interruptible():
+        summary = run_demo(folder)
+    if as_json:
+        print(json.dumps(summary))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; every error of ours is one message, without a stack trace."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="engine")
+    except SystemExit as end:  # how typer ends, also after a usage error
+        return end.code if isinstance(end.code, int) else EXIT_DONE
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a job with exit code 130 and a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted", way_out="nothing is lost; run the same command again to go on"
+        ) from None
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _run_job(verb: str, path: Path, overrides: list[str] | None, plan: bool, as_json: bool) -> None:
+    """Load the recipe, run or plan the job, print its summary, leave with its exit code."""
+    from engine.config import load_recipe
+
+    job = importlib.import_module(f"jobs.{verb}")
+    recipe = load_recipe(_recipe_class(verb), path, overrides or ())
+    if plan:
+        _print_facts(job.plan(recipe), as_json)
+        return
+    from jobs.outcome import print_summary
+
+    with _interruptible():
+        outcome = job.run(recipe)
+    print_summary(outcome.summary)
+    if as_json:
+        print(json.dumps(outcome.summary))
+    if outcome.verdict is not None:
+        raise outcome.verdict
+
+
+def _recipe_class(verb: str) -> Any:
+    if verb not in RECIPE_CLASSES:
+        raise RecipeError(
+            f"{verb}: no job of that name has a recipe", found=repr(verb), wanted=", ".join(RECIPE_CLASSES)
+        )
+    return getattr(importlib.import_module(f"jobs.{verb}"), RECIPE_CLASSES[verb])
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(len(name) for name in facts)
+    show: Callable[[Any], str] = lambda value: f"{value:,}" if isinstance(value, int) else str(value)  # noqa: E731
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {show(value)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""The extract job: stream the shards that are new through a frozen backbone and write embedding parts.
+
+    engine extract RECIPE            or   ray job submit --working-dir . -- python jobs/extract.py RECIPE
+
+Killing it anywhere and running it again, or running it twice, gives the same table.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from engine import __version__
+from engine.backbones.kinds import BackboneConfig
+from engine.config import Config
+from engine.recipes import Compute, EmbeddingOutput, Limits
+from engine.runtimes.kinds import RuntimeConfig, TensorFlowRuntimeConfig
+from engine.shards.kinds import SourceConfig
+from engine.storage import StorageConfig
+from jobs.outcome import Outcome, new_run_id, progress_bar, say
+
+if TYPE_CHECKING:
+    from engine.accounting import RunTotals
+    from engine.extraction import ExtractJob, Resolved
+    from engine.plan import Machines, PendingShards, Sizing
+    from engine.storage import Store
+    from engine.tables import Record
+
+
+class ExtractRecipe(Config):
+    """Recipe of `extract`: image shards in, an embedding table out."""
+
+    source: SourceConfig
+    """The archive of images, and what a sample of it holds."""
+    storage: StorageConfig = StorageConfig()
+    """How to reach object storage; keys come from the usual AWS environment or role."""
+    backbone: BackboneConfig
+    """The frozen network, where it is cut, and how images are fitted to its input."""
+    runtime: RuntimeConfig = TensorFlowRuntimeConfig()
+    """How the frozen network is run."""
+    output: EmbeddingOutput
+    """Where the embedding table is."""
+    compute: Compute = Compute()
+    """What runs where."""
+    limits: Limits = Limits()
+    """What makes a reject, and how many are too many."""
+
+
+def run(recipe: ExtractRecipe) -> Outcome:
+    """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's."""
+    from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
+    from engine.on_ray import machines_here, machines_of_cluster, ray_session, run_extract, run_resolve
+    from engine.plan import read_tasks, size_up
+
+    started, run_id = time.monotonic(), new_run_id("extract")
+    recipe = _located(recipe)
+    source, table, record, pending = _look(recipe)
+    _announce(recipe, pending)
+    totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
+    totals.start(pending.works)
+    if pending.works or record is None or record["backbone"] != recipe.backbone.model_dump(mode="json"):
+        with ray_session(recipe.compute.address, local_cpus=sizing.cpus_reserved):
+            machines = machines_of_cluster()
+            sizing = size_up(recipe.compute, machines)
+            _warn_if_small(sizing, machines)
+            resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing)
+            record = _claim(recipe, table, record, resolved)
+            groups = read_tasks(pending.works, sizing.decode_tasks)
+            if groups:
+                _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
+        totals.require_whole()
+    swept = _sweep(source, table, pending)
+    if swept:
+        say(f"removed {swept:,} parts of replaced shards")
+    reasons, over_budget = reject_verdict(table, recipe.limits, record["rows_per_part"])
+    seconds = time.monotonic() - started
+    summary = {
+        "verb": "extract",
+        "run_id": run_id,
+        "table": table.uri,
+        "fingerprint": record["fingerprint"],
+        "shards_total": pending.shards_total,
+        "shards_skipped": pending.shards_done,
+        "shards_done": totals.shards_done,
+        "shards_failed": len(totals.damage),
+        "parts_written": totals.parts_written,
+        "rows": totals.rows,
+        "rejects": reasons.total(),
+        "rejects_by_reason": dict(reasons.most_common()),
+        "bytes_read": totals.bytes_read,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(totals.rows / seconds, 1),
+        "bottleneck": totals.bottleneck(_parallelism(sizing)),
+    }
+    return Outcome(summary, failed_shards_verdict(totals.damage, recipe.limits) or over_budget)
+
+
+def plan(recipe: ExtractRecipe) -> dict[str, Any]:
+    """What `run` would do, from validation and listings alone; touches nothing."""
+    from engine.on_ray import machines_here
+    from engine.plan import read_tasks, size_up
+
+    recipe = _located(recipe)
+    _, table, record, pending = _look(recipe)
+    sizing = size_up(recipe.compute, machines_here())
+    rows_per_part = _rows_per_part(recipe, record)
+    return {
+        "verb": "extract",
+        "table": table.uri,
+        "table_exists": record is not None,
+        "shards_total": pending.shards_total,
+        "shards_skipped": pending.shards_done,
+        "shards_pending": len(pending.works),
+        "shards_replaced": len(pending.replaced),
+        "shards_removed": len(pending.removed),
+        "bytes_pending": pending.bytes_total,
+        "read_tasks": len(read_tasks(pending.works, sizing.decode_tasks)),
+        "rows_per_part": rows_per_part,
+        "pixel_bytes_per_part": rows_per_part * recipe.backbone.input_size**2 * 3,
+        "actors": sizing.actors,
+        "threads_per_actor": sizing.embed_threads,
+        "decode_tasks": sizing.decode_tasks,
+        "decode_threads": sizing.decode_threads,
+        "machine": recipe.compute.address or "local Ray; on a cluster, numbers left null are taken from it",
+    }
+
+
+def _located(recipe: ExtractRecipe) -> ExtractRecipe:
+    """The recipe with every location spelled in full: workers run in other folders than the driver."""
+    from engine.storage import open_store
+
+    def full(uri: str) -> str:
+        return open_store(uri, recipe.storage).uri
+
+    backbone = recipe.backbone
+    if backbone.weights not in ("imagenet", "random", "package"):
+        backbone = backbone.model_copy(update={"weights": full(backbone.weights)})
+    return recipe.model_copy(
+        update={
+            "source": recipe.source.model_copy(update={"uri": full(recipe.source.uri)}),
+            "output": recipe.output.model_copy(update={"uri": full(recipe.output.uri)}),
+            "backbone": backbone,
+        }
+    )
+
+
+def _look(recipe: ExtractRecipe) -> tuple[Store, Store, Record | None, PendingShards]:
+    """The listings, and the table's record; refuses what is known to be wrong before anything starts."""
+    from engine.plan import pending_shards
+    from engine.shards.kinds import open_reader
+    from engine.storage import open_store
+    from engine.tables import check_contract, read_record, table_progress
+
+    source = open_store(recipe.source.uri, recipe.storage)
+    table = open_store(recipe.output.uri, recipe.storage)
+    record = read_record(table, "embeddings")
+    if record is not None:
+        check_contract(record, _contract_of_recipe(recipe, record), table.uri)
+    reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
+    pending = pending_shards(reader.list_shards(source), table_progress(table))
+    return source, table, record, pending
+
+
+def _announce(recipe: ExtractRecipe, pending: PendingShards) -> None:
+    if not pending.shards_total:
+        say(f"warning: no shards under {recipe.source.uri} match {recipe.source.pattern!r}")
+    say(
+        f"extract: {len(pending.works):,} of {pending.shards_total:,} shards pending "
+        f"({pending.bytes_total / 1e6:,.1f} MB), {pending.shards_done:,} done"
+    )
+    if pending.replaced:
+        say(f"{len(pending.replaced):,} shards were replaced since the table was written")
+    if pending.removed:
+        say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts are kept")
+
+
+def _warn_if_small(sizing: Sizing, machines: Machines) -> None:
+    """An autoscaling cluster may grow, so a small one is a warning."""
+    actor_cpus, actor_gpus = sizing.actors * sizing.actor_cpus, sizing.actors * sizing.actor_gpus
+    if machines.cpus < actor_cpus + 1 or machines.gpus < actor_gpus:
+        say(
+            f"warning: the cluster has {machines.cpus:g} CPUs and {machines.gpus:g} GPUs now; {sizing.actors} actors "
+            f"and a reader need {actor_cpus + 1:g} CPUs and {actor_gpus:g} GPUs: waiting for it to grow"
+        )
+
+
+def _rows_per_part(recipe: ExtractRecipe, record: Record | None) -> int:
+    """The recipe's number, else the table's, else the default for the input size."""
+    from engine.extraction import default_rows_per_part
+
+    if recipe.output.rows_per_part is not None:
+        return recipe.output.rows_per_part
+    if record is not None:
+        return int(record["rows_per_part"])
+    return default_rows_per_part(recipe.backbone.input_size)
+
+
+def _contract_of_recipe(recipe: ExtractRecipe, record: Record | None) -> dict[str, Any]:
+    """Contract fields that the recipe alone decides; the fingerprint's fields are added once resolved."""
+    from engine.schema import SCHEMA_VERSION
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **{f"source.{name}": value for name, value in recipe.source.contract().items()},
+        **{f"limits.{name}": value for name, value in recipe.limits.contract().items()},
+        "backbone.input_size": recipe.backbone.input_size,
+        "backbone.pooling": recipe.backbone.pooling,
+        "backbone.layer": recipe.backbone.layer,
+        "backbone.resize": recipe.backbone.resize,
+        "backbone.kind": recipe.backbone.kind,
+        "runtime.precision": recipe.runtime.precision,
+        "output.dtype": recipe.output.dtype,
+        "output.rows_per_part": _rows_per_part(recipe, record),
+    }
+
+
+def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved: Resolved) -> Record:
+    """Write `_table.json`, or agree with the one that is there."""
+    from engine.tables import claim_table
+
+    rows_per_part = _rows_per_part(recipe, record)
+    contract = {
+        **_contract_of_recipe(recipe, record),
+        **{f"fingerprint.{name}": value for name, value in resolved.fingerprint_fields.items()},
+        "fingerprint": resolved.fingerprint,
+    }
+    return claim_table(
+        table,
+        {
+            "kind": "embeddings",
+            "schema_version": contract["schema_version"],
+            "contract": contract,
+            "fingerprint": resolved.fingerprint,
+            "tensor_digest": resolved.tensor_digest,
+            "width": resolved.width,
+            "canary": resolved.canary,
+            "rows_per_part": rows_per_part,
+            "source_uri": contract["source.uri"],
+            "backbone": recipe.backbone.model_dump(mode="json"),
+            "runtime": recipe.runtime.model_dump(mode="json"),
+            "engine_version": __version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def _job(recipe: ExtractRecipe, record: Record, sizing: Sizing) -> ExtractJob:
+    from engine.extraction import ExtractJob
+
+    return ExtractJob(
+        source=recipe.source,
+        storage=recipe.storage,
+        backbone=recipe.backbone,
+        runtime=recipe.runtime,
+        limits=recipe.limits,
+        table_uri=recipe.output.uri,
+        dtype=recipe.output.dtype,
+        rows_per_part=record["rows_per_part"],
+        fingerprint=record["fingerprint"],
+        tensor_digest=record["tensor_digest"],
+        canary=tuple(map(tuple, record["canary"])),
+        width=record["width"],
+        decode_threads=sizing.decode_threads,
+        embed_threads=sizing.embed_threads,
+    )
+
+
+def _follow(receipts: Any, totals: RunTotals, pending: PendingShards) -> None:
+    """Count receipts as they come, and show how far the run is."""
+    started = time.monotonic()
+    with progress_bar("shards", len(pending.works)) as (bar, task):
+        for receipt in receipts:
+            totals.add(receipt)
+            if receipt.header.damage is not None:
+                say(f"shard failed: {receipt.header.shard}: {' '.join(receipt.header.damage.split())}")
+            rate = totals.rows / (time.monotonic() - started)
+            finished = totals.shards_done + len(totals.damage)
+            bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
+
+
+def _sweep(source: Store, table: Store, pending: PendingShards) -> int:
+    """Remove parts of versions that are superseded, asking the source again what each shard is now."""
+    from engine.errors import ObjectNotFound
+    from engine.parts import hash8_of
+    from engine.tables import sweep
+
+    def version_now(path: str) -> str | None:
+        try:
+            return hash8_of(source.info(path).identity)
+        except ObjectNotFound:
+            return None
+
+    return sweep(table, pending.path_of, version_now) if pending.replaced else 0
+
+
+def _parallelism(sizing: Sizing) -> dict[str, float]:
+    """Workers of each stage, for naming the bottleneck."""
+    return {
+        "read": sizing.decode_tasks,
+        "decode": sizing.decode_tasks * sizing.decode_threads,
+        "embed": sizing.actors,
+        "write": max(2, sizing.actors),
+    }
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    sys.exit(main(["extract", *sys.argv[1:]]))

@@ -1,0 +1,77 @@
+"""Flows run the `engine` command: as a process of its own, or in this process on one shared local Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stores import S3TestStore
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    summary: dict[str, Any]
+    stderr: str
+
+
+Engine = Callable[..., Ended]
+
+
+@pytest.fixture
+def engine_process(repository: Path) -> Engine:
+    """Run `engine ...` as a user would: a new process, from the repository."""
+
+    def run(*arguments: object, environment: dict[str, str] | None = None) -> Ended:
+        ended = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            cwd=repository,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        lines = ended.stdout.strip().splitlines()
+        summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+        return Ended(ended.returncode, summary, ended.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_ray(s3_store: S3TestStore) -> Iterator[None]:
+    """One local Ray for many flows; its workers know the keys of the test store."""
+    from engine.on_ray import ray_session
+
+    os.environ.update(s3_store.environment())
+    with ray_session(None, local_cpus=4):
+        yield
+    for name in s3_store.environment():
+        os.environ.pop(name, None)
+
+
+@pytest.fixture
+def engine(shared_ray: None, capsys: pytest.CaptureFixture[str]) -> Engine:
+    """Run `engine ...` in this process, on the shared Ray."""
+    from jobs.cli import main
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        lines = printed.out.strip().splitlines()
+        summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+        return Ended(code, summary, printed.err)
+
+    return run

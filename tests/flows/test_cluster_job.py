@@ -1,0 +1,62 @@
+"""A Ray cluster of three nodes on one machine: `jobs/extract.py` submitted through the Jobs API."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.storage import open_store
+from engine.tables import open_table
+from tests.flows.archives import extract_recipe, write_shards
+
+SUBMIT_TIMEOUT_S = 240
+
+
+@pytest.fixture
+def cluster_dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of the Jobs API of a cluster: a head without CPUs and two workers with two each."""
+    from ray.cluster_utils import Cluster
+
+    # `python` of the submitted command is this one, as it is the image's own in a container.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0},
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes()
+        yield f"http://{cluster.head_node.webui_url}"
+    finally:
+        cluster.shutdown()
+
+
+def test_extract_runs_as_a_submitted_job_on_three_nodes(
+    cluster_dashboard: str, repository: Path, tmp_path: Path
+) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    keys = write_shards(open_store(str(tmp_path / "shards")), shards=4, images=70)
+    recipe = extract_recipe(
+        tmp_path, str(tmp_path / "shards"), str(tmp_path / "table"), "compute: {actors: 2}"
+    )
+    client = JobSubmissionClient(cluster_dashboard)
+    job = client.submit_job(
+        entrypoint=f"python jobs/extract.py {recipe} --json",
+        runtime_env={"working_dir": str(repository)},
+    )
+    deadline = time.monotonic() + SUBMIT_TIMEOUT_S
+    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    logs = client.get_job_logs(job)
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
+    assert '"shards_done": 4' in logs
+    table = open_table(open_store(str(tmp_path / "table")))
+    assert sorted(table.read(["key"])["key"].to_pylist()) == keys
+    assert table.incomplete_shards == 0

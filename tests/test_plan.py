@@ -1,0 +1,65 @@
+"""Pending = inputs - outputs, read tasks of equal size, and how a run is laid out on machines."""
+
+from engine.extraction import ShardWork
+from engine.parts import part_name, path16_of, progress_of
+from engine.plan import Machines, pending_shards, read_tasks, size_up
+from engine.recipes import Compute
+from engine.storage import ObjectInfo
+
+
+def shard(path: str, size: int = 100, version: str = "v1") -> ObjectInfo:
+    return ObjectInfo(path, size, version)
+
+
+def test_pending_is_what_is_listed_minus_what_is_complete() -> None:
+    done = [part_name("a.tar", "v1", 0, False), part_name("a.tar", "v1", 1, True)]
+    half = [part_name("b.tar", "v1", 0, False)]
+    gone = [part_name("z.tar", "v1", 0, True)]
+    pending = pending_shards(
+        [shard("a.tar"), shard("b.tar"), shard("c.tar", 7)], progress_of(done + half + gone)
+    )
+    assert (pending.shards_total, pending.shards_done) == (3, 1)
+    assert [(work.shard.path, work.existing.numbers) for work in pending.works] == [
+        ("b.tar", (0,)),
+        ("c.tar", ()),
+    ]
+    assert pending.removed == (path16_of("z.tar"),)
+    assert pending.bytes_total == 107
+    assert pending.replaced == ()
+
+
+def test_a_replaced_shard_is_pending_again_and_said_to_be_replaced() -> None:
+    progress = progress_of([part_name("a.tar", "v1", 0, True)])
+    pending = pending_shards([shard("a.tar", version="v2")], progress)
+    assert [work.existing.numbers for work in pending.works] == [()]
+    assert pending.replaced == ("a.tar",)
+
+
+def test_small_shards_share_read_tasks_and_large_ones_do_not() -> None:
+    works = [ShardWork(shard(f"{i:05d}.tar", size)) for i, size in enumerate([1] * 4000 + [1 << 30] * 2)]
+    groups = read_tasks(works, min_tasks=2)
+    assert [work for group in groups for work in group] == works
+    assert [len(group) for group in groups] == [1000, 1000, 1000, 1000, 1, 1]
+
+
+def test_few_small_shards_still_keep_every_reader_busy() -> None:
+    works = [ShardWork(shard(f"{i}.tar", 1000)) for i in range(8)]
+    assert [len(group) for group in read_tasks(works, min_tasks=2)] == [1] * 8
+    assert read_tasks([], min_tasks=2) == []
+
+
+def test_actors_of_a_node_share_its_cores() -> None:
+    node = Machines(cpus=8, gpus=0, largest_node_cpus=8, largest_node_gpus=0, nodes=1)
+    sizing = size_up(Compute(actors=2), node)
+    assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (4, 6, 8)
+    three_nodes = Machines(cpus=24, gpus=0, largest_node_cpus=8, largest_node_gpus=0, nodes=3)
+    assert size_up(Compute(actors=4), three_nodes).embed_threads == 4
+    assert (
+        size_up(Compute(actors=1, cpus_per_actor=5, decode_tasks=2, decode_threads=3), node).cpus_reserved
+        == 7
+    )
+
+
+def test_one_core_is_enough() -> None:
+    sizing = size_up(Compute(), Machines(1, 0, 1, 0, 1))
+    assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (1, 1, 2)
