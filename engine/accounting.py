@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from engine.errors import OverBudget, ShardsFailed, TableDamaged
@@ -14,7 +15,7 @@ from engine.extraction import Receipt, ShardWork
 from engine.parts import PartName, Progress
 from engine.recipes import Limits
 from engine.storage import Store
-from engine.tables import count_rejects, list_parts, read_embedding_facts
+from engine.tables import READ_THREADS, count_rejects, list_parts, read_embedding_facts
 
 
 @dataclass
@@ -34,11 +35,13 @@ class RunTotals:
         self.progress = {work.shard.path: work.existing for work in works}
 
     def add(self, receipt: Receipt) -> None:
-        """Count one committed part, or one failed shard. The same receipt twice (a re-run task) changes no progress."""
+        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once."""
         header = receipt.header
         self.bytes_read += header.bytes_read
         if header.damage is not None:
             self.damage[header.shard] = header.damage
+            return
+        if header.number in self.progress[header.shard].numbers:
             return
         self.parts_written += 1
         self.rows += receipt.rows
@@ -84,7 +87,8 @@ def failed_shards_verdict(damage: dict[str, str], limits: Limits) -> ShardsFaile
         f"{len(damage)} shards could not be read to their end; their good parts are kept\n    "
         + "\n    ".join(shown + more),
         wanted=f"at most {limits.max_failed_shards} (limits.max_failed_shards)",
-        way_out="repair or remove these shards, or raise the limit; every run tries them again",
+        way_out="run again if they were replaced meanwhile; else repair or remove them, or raise the limit: "
+        "every run tries them again",
     )
 
 
@@ -115,7 +119,8 @@ def reject_verdict(
 
 
 def _count_samples(table: Store, names: Iterable[PartName]) -> int:
-    return sum(read_embedding_facts(table, name).samples for name in names)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return sum(pool.map(lambda name: read_embedding_facts(table, name).samples, names))
 
 
 def _over_budget(reasons: Counter[str], fraction: float, limits: Limits) -> OverBudget | None:

@@ -250,7 +250,10 @@ def _resume_point(job: ExtractJob, table: Store, work: ShardWork) -> Resume:
     before = part_name(work.shard.path, work.shard.identity, number - 1, last=False)
     try:
         offset = read_embedding_facts(table, before).end_offset
-    except ObjectNotFound:  # deleted since it was listed: read from the start, the parts are the same
+    except (
+        ObjectNotFound,
+        ObjectChanged,
+    ):  # another run is at it: read from the start, the parts are the same
         offset = None
     return Resume(index=number * job.rows_per_part, offset=offset)
 
@@ -310,6 +313,7 @@ class _PartBuilder:
         self._job, self._shard, self._number, self._pool = job, shard, number, pool
         self._samples: list[Sample] = []
         self._decoding: list[Future[_Decoded] | None] = []
+        self._digests: list[bytes | None] = []  # of images that are rejects already when they are read
         self._in_flight: deque[Future[_Decoded]] = deque()
         side = job.backbone.input_size
         self._pixels_NSS3 = np.empty((job.rows_per_part, side, side, 3), np.uint8)
@@ -333,6 +337,8 @@ class _PartBuilder:
         keeps_bytes = self._job.limits.keep_reject_bytes
         self._samples.append(sample if keeps_bytes else replace(sample, image=None))
         self._decoding.append(future)
+        is_image = sample.problem is not None and sample.image is not None  # for example one with a bad label
+        self._digests.append(hashlib.sha256(sample.image).digest() if is_image and sample.image else None)
 
     def abandon(self) -> None:
         """Drop the part: its shard cannot be read to the part's end."""
@@ -345,7 +351,7 @@ class _PartBuilder:
         rejects: list[_Reject] = []
         kept: list[int] = []
         for slot, (sample, decoded) in enumerate(zip(self._samples, results, strict=True)):
-            reject = _reject_of(sample, decoded)
+            reject = _reject_of(sample, decoded, self._digests[slot])
             if reject is None:
                 kept.append(slot)
             else:
@@ -416,7 +422,7 @@ class _PartBuilder:
         return pa.Table.from_pylist(rows, schema=rejects_schema(keeps_bytes))
 
 
-def _reject_of(sample: Sample, decoded: _Decoded | None) -> _Reject | None:
+def _reject_of(sample: Sample, decoded: _Decoded | None, digest: bytes | None) -> _Reject | None:
     stage: Literal["read", "decode"]
     if sample.problem is not None:
         (reason, message), stage = sample.problem, "read"
@@ -424,7 +430,7 @@ def _reject_of(sample: Sample, decoded: _Decoded | None) -> _Reject | None:
         return None
     else:
         reason, message, stage = decoded.rejected.reason, decoded.rejected.message, "decode"
-    digest = decoded.sha256 if decoded else None
+    digest = decoded.sha256 if decoded else digest
     return _Reject(sample.key, sample.index, stage, reason, message, sample.size_bytes, digest, sample.image)
 
 

@@ -12,11 +12,13 @@ import math
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
@@ -44,6 +46,7 @@ TARGET_BLOCK_BYTES = 1 << 20
 DOWNSTREAM_CAPACITY_RATIO = 10.0
 # Two parts per actor: one computed on, one waiting in its queue.
 PARTS_IN_FLIGHT_PER_ACTOR = 2
+CONNECT_TIMEOUT_S = 10.0
 _FAILURE = "failure"
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -68,6 +71,7 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     _quieten()
+    _require_answer(address)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -76,19 +80,40 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
         else:
             ray.init(num_cpus=max(1, math.ceil(local_cpus)), include_dashboard=False, **common)
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
-        raise ClusterError(
-            f"Ray at {address or 'this machine'} cannot be used",
-            found=" ".join(str(error).split())[:500],
-            way_out="check compute.address (`ray status` there), or leave it out for a local Ray",
-        ) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, on_sigterm
-        )  # ray.init has put its own there, which ends with exit code 15
+        raise _unreachable(address, " ".join(str(error).split())[:500]) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGTERM, on_sigterm
+            )  # ray.init puts its own there, which ends with exit code 15
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def joins_cluster(address: str | None) -> bool:
+    """Whether `ray_session` would connect to a running cluster, which may grow, rather than start a local Ray."""
+    return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
+def _require_answer(address: str | None) -> None:
+    """Look for a listener first: ray.init tries a silent `host:port` for about 12 minutes (Ray 2.60)."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _unreachable(address, str(error)) from None
+
+
+def _unreachable(address: str | None, found: str) -> ClusterError:
+    return ClusterError(
+        f"Ray at {address or 'this machine'} cannot be used",
+        found=found,
+        way_out="check compute.address or RAY_ADDRESS (`ray status` there), or leave both out for a local Ray",
+    )
 
 
 def machines_here() -> Machines:
@@ -126,7 +151,9 @@ def _quieten() -> None:
     )  # Ray Train's TensorFlow trainer imports TensorFlow here
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks for", category=UserWarning)
+    warnings.filterwarnings(
+        "ignore", message="The maximum number of concurrent tasks for", category=UserWarning
+    )
     # "Progress bars disabled", at every run. A filter, because Ray Data sets levels again when it starts.
     logging.getLogger("ray.data._internal.progress").addFilter(lambda _record: False)
 
@@ -161,7 +188,8 @@ def run_on_worker(function: Callable[..., Any], *arguments: Any, num_cpus: float
         except EngineError as error:
             return None, pickle.dumps(error)
 
-    answer, failure = ray.get(task.remote())
+    with _ray_errors_translated():
+        answer, failure = ray.get(task.remote())
     if failure is not None:
         raise pickle.loads(failure)
     return answer
@@ -201,11 +229,10 @@ def run_extract(job: ExtractJob, groups: Sequence[Sequence[ShardWork]], sizing: 
         num_gpus=sizing.actor_gpus or None,
         **_ONE_PART_A_CALL,
     )
-    writers = max(2, sizing.actors)  # each is a process to start; one keeps up with several actors
     dataset = dataset.map_batches(
         _write_row,
         fn_args=(job,),
-        compute=TaskPoolStrategy(size=writers),
+        compute=TaskPoolStrategy(size=sizing.writers),
         num_cpus=WRITE_TASK_CPUS,
         **_ONE_PART_A_CALL,
     )
@@ -344,11 +371,25 @@ def _failed(error: EngineError) -> pa.Table:
 def _column(dataset: Dataset, name: str) -> Iterator[str]:
     """The texts of one column as they arrive; raises the first failure that arrives instead."""
     batch: Any
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for failure in batch[_FAILURE].to_pylist():
-            if failure is not None:
-                raise pickle.loads(failure)
-        yield from batch[name].to_pylist()
+    with _ray_errors_translated():
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for failure in batch[_FAILURE].to_pylist():
+                if failure is not None:
+                    raise pickle.loads(failure)
+            yield from batch[name].to_pylist()
+
+
+@contextlib.contextmanager
+def _ray_errors_translated() -> Iterator[None]:
+    """A lost worker, or an exception that is not ours, in one message; what was committed until then stays."""
+    try:
+        yield
+    except (RayError, RuntimeError) as error:  # Ray Train's own errors are RuntimeErrors
+        raise ClusterError(
+            "a worker was lost, or broke on something unforeseen",
+            found=str(error)[-2000:],
+            way_out="run the same command again: it makes only what is missing; `ray logs` on the cluster says more",
+        ) from None
 
 
 # ---------------------------------------------------------------- Ray Train
@@ -383,11 +424,29 @@ def run_training(function: Callable[[], dict[str, Any]], num_cpus: float, num_gp
             scaling_config=ScalingConfig(num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(storage_path=scratch, name=f"fit-{int(time.time())}"),
         )
-        try:
-            answer, failure = trainer.fit().return_value  # metrics would reach us with a checkpoint only
-        except (RuntimeError, RayError) as error:
-            raise ClusterError("the training worker was lost", found=str(error)[-1500:]) from None
+        with _ray_errors_translated():
+            answer, failure = _beside_signals(lambda: trainer.fit().return_value)
     if failure is not None:
         raise pickle.loads(failure)
     result: dict[str, Any] = answer
     return result
+
+
+def _beside_signals(function: Callable[[], Any]) -> Any:
+    """Run a function in a thread of its own and wait for it.
+
+    In the main thread Ray Train 2.60 puts a handler on SIGINT that ends the process with exit code 0; from another
+    thread it cannot, and Ctrl-C reaches the one who waits here.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except Exception as error:  # noqa: BLE001  handed to the thread that waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not outcome.done():
+        time.sleep(0.1)
+    return outcome.result()

@@ -129,6 +129,11 @@ class Sizing:
     decode_threads: int
 
     @property
+    def writers(self) -> int:
+        """Tasks that write parts at once: each is a process to start, and one keeps up with several actors."""
+        return max(2, self.actors)
+
+    @property
     def cpus_reserved(self) -> float:
         return self.actors * self.actor_cpus + self.decode_tasks
 

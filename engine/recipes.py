@@ -39,7 +39,8 @@ class Compute(Config):
     decode_threads: int | None = Field(None, ge=1, le=256)
     """Threads that decode images in each reader; null: 2."""
     address: str | None = None
-    """Ray cluster to run on: `auto`, `host:6379` or `ray://host:10001`; null: a local Ray, ended with the job."""
+    """Ray cluster to run on: `auto`, `host:6379` or `ray://host:10001`; null: the one that RAY_ADDRESS names (in a
+    submitted job Ray sets it), else a local Ray that ends with the job."""
 
     @field_validator("gpus_per_actor")
     @classmethod

@@ -23,7 +23,7 @@ class RejectReason(StrEnum):
     NO_IMAGE = "no_image"  # the record has no member with one of the recipe's image extensions
     EMPTY_SAMPLE = "empty_sample"  # the image member has zero bytes
     SAMPLE_TOO_LARGE = "sample_too_large"  # more encoded bytes than limits.max_sample_bytes
-    BAD_LABEL = "bad_label"  # the label member is not text, not JSON, or lacks the field
+    BAD_LABEL = "bad_label"  # the label member is not text or JSON, is a list or an object, or is too long
     UNSUPPORTED_FORMAT = "unsupported_format"  # not one of the formats that images.py decodes
     TRUNCATED_IMAGE = "truncated_image"  # the encoded bytes end early
     CORRUPT_IMAGE = "corrupt_image"  # the encoded bytes break their format's rules

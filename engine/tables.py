@@ -71,6 +71,10 @@ def read_record(store: Store, kind: str) -> Record | None:
             wanted=f"schema version {SCHEMA_VERSION}",
             way_out="read it with the engine that wrote it, or write a new table",
         )
+    if not isinstance(record.get("contract"), dict):
+        raise TableDamaged(
+            f"{where}: not a table record", found="no contract in it", way_out="give another output.uri"
+        )
     result: Record = record
     return result
 
@@ -278,15 +282,28 @@ class Table:
     parts: tuple[tuple[PartName, ObjectInfo], ...]
     incomplete_shards: int
 
+    def column_names(self) -> list[str]:
+        """Columns of the table, from the footer of one part.
+
+        Raises:
+            TableDamaged: the table has no parts yet.
+        """
+        if not self.parts:
+            raise self._empty()
+        return list(pq.read_schema(_PartEnd(self.store, self.parts[0][1])).names)
+
     def read(self, columns: Sequence[str]) -> pa.Table:
         """All rows of the named columns, in the order of the parts; held in memory at once."""
         with ThreadPoolExecutor(READ_THREADS) as pool:
             tables = list(pool.map(lambda part: read_part(self.store, part[1], columns), self.parts))
         if not tables:
-            raise TableDamaged(
-                f"{self.store.uri}: the table has no parts yet", way_out="run extract on it to its end first"
-            )
+            raise self._empty()
         return pa.concat_tables(tables)
+
+    def _empty(self) -> TableDamaged:
+        return TableDamaged(
+            f"{self.store.uri}: the table has no parts yet", way_out="run extract on it to its end first"
+        )
 
 
 def open_table(store: Store, kind: str = "embeddings") -> Table:
@@ -313,8 +330,16 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
     """
     encoded = store.read(info.path, expected=info)
     try:
-        return pq.read_table(io.BytesIO(encoded), columns=list(columns) if columns is not None else None)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        file = pq.ParquetFile(io.BytesIO(encoded))
+        absent = sorted(set(columns or ()) - set(file.schema_arrow.names))
+        if absent:
+            raise TableDamaged(
+                f"{store.uri}/{info.path}: has no column {', '.join(absent)}",
+                found=", ".join(file.schema_arrow.names),
+                way_out="check the names of columns in the recipe",
+            )
+        return file.read(columns=list(columns) if columns is not None else None)
+    except (pa.ArrowInvalid, OSError) as error:
         raise TableDamaged(
             f"{store.uri}/{info.path}: cannot be read as a part",
             found=str(error),
@@ -323,7 +348,10 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
 
 
 def _version_to_read(versions: Mapping[str, Progress]) -> str:
-    """A complete version before a half-done one, then the one with more parts, then by name."""
+    """A complete version before a half-done one, then the one with more parts, then by name.
+
+    Two complete versions stand side by side only until a run's sweep; each of them is whole.
+    """
     return max(
         versions, key=lambda version: (versions[version].is_complete, len(versions[version].numbers), version)
     )
@@ -333,17 +361,31 @@ def _version_to_read(versions: Mapping[str, Progress]) -> str:
 
 
 def count_rejects(store: Store) -> tuple[Counter[str], Counter[PartName]]:
-    """Rejects of the whole table: by reason, and by part. Reads only rejects files whose data part names them."""
+    """Rejects of the whole table, of one version per shard: by reason, and by part.
+
+    Reads rejects files only, and of these only such that have their data part.
+    """
     reasons: Counter[str] = Counter()
     by_part: Counter[PartName] = Counter()
-    committed = {name for name, _ in list_parts(store)}
-    listed = [(name, info) for name, info in list_parts(store, REJECTS_FOLDER) if name in committed]
+    committed = [name for name, _ in list_parts(store)]
+    chosen = {path16: _version_to_read(found) for path16, found in progress_of(committed).items()}
+    counting = {name for name in committed if chosen[name.path16] == name.source8}
+    names = [name for name, _ in list_parts(store, REJECTS_FOLDER) if name in counting]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        tables = pool.map(lambda part: read_part(store, part[1], ["error"]), listed)
-        for (name, _), table in zip(listed, tables, strict=True):
-            reasons.update(table["error"].to_pylist())
-            by_part[name] = table.num_rows
+        for name, errors in zip(names, pool.map(lambda name: _errors_of(store, name), names), strict=True):
+            reasons.update(errors)
+            by_part[name] = len(errors)
     return reasons, by_part
+
+
+def _errors_of(store: Store, name: PartName) -> list[str]:
+    """The `error` column of a rejects file; none where another run has just swept it away."""
+    try:
+        encoded = store.read(f"{REJECTS_FOLDER}{name}")
+    except ObjectNotFound:
+        return []
+    errors: list[str] = pq.read_table(io.BytesIO(encoded), columns=["error"])["error"].to_pylist()
+    return errors
 
 
 # ---------------------------------------------------------------- the sweep
@@ -373,25 +415,41 @@ def sweep(store: Store, shard_paths: Mapping[str, str], identity8_now: Callable[
     for name in doomed:
         store.delete(f"{DATA_FOLDER}{name}")  # data first: rejects without their data part do not count
         store.delete(f"{REJECTS_FOLDER}{name}")
+    _sweep_orphaned_rejects(store, shard_paths, identity8_now)
     return len(doomed)
 
 
-def sweep_predictions(store: Store, current: set[PartName]) -> int:
-    """Delete prediction parts whose embedding part was rewritten and is scored again, or is no longer read.
+def _sweep_orphaned_rejects(
+    store: Store, shard_paths: Mapping[str, str], identity8_now: Callable[[str], str | None]
+) -> None:
+    """Delete rejects files of old versions whose data part a killed sweep has deleted, or a killed run never wrote."""
+    rejects = [name for name, _ in list_parts(store, REJECTS_FOLDER)]
+    if not rejects:
+        return
+    committed = {name for name, _ in list_parts(store)}
+    for name in rejects:
+        if name not in committed and name.path16 in shard_paths:
+            current = identity8_now(shard_paths[name.path16])
+            if current is not None and current != name.source8:
+                store.delete(f"{REJECTS_FOLDER}{name}")
+
+
+def sweep_predictions(store: Store, wanted_now: Callable[[], set[PartName]]) -> int:
+    """Delete prediction parts whose embedding part was rewritten, once its successor stands beside them.
 
     Args:
-        current: names of the prediction parts that the embedding table as read now calls for.
+        wanted_now: lists the embedding table again and names the prediction parts it calls for now: a run that began
+            before another must not delete what the other has made since.
     """
-    listed = [name for name, _ in list_parts(store)]
+    listed = [name for name, _ in list_parts(store)]  # before asking: what comes after this is not judged
+    wanted = wanted_now()
     present = set(listed)
-    scored_now = {(name.path16, name.number) for name in current if name in present}
-    shards_whole = {name.path16 for name in current} - {
-        name.path16 for name in current if name not in present
-    }
+    scored_now = {(name.path16, name.number) for name in wanted if name in present}
+    shards_whole = {name.path16 for name in wanted} - {name.path16 for name in wanted if name not in present}
     doomed = [
         name
         for name in listed
-        if name not in current and ((name.path16, name.number) in scored_now or name.path16 in shards_whole)
+        if name not in wanted and ((name.path16, name.number) in scored_now or name.path16 in shards_whole)
     ]
     for name in doomed:
         store.delete(f"{DATA_FOLDER}{name}")

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -178,9 +178,8 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts))
         return
     width = max(len(name) for name in facts)
-    show: Callable[[Any], str] = lambda value: f"{value:,}" if isinstance(value, int) else str(value)  # noqa: E731
     for name, value in facts.items():
-        print(f"{name:<{width}}  {show(value)}")
+        print(f"{name:<{width}}  {value:,}" if type(value) is int else f"{name:<{width}}  {value}")
 
 
 if __name__ == "__main__":

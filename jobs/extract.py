@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engine import __version__
 from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
+from engine.errors import ObjectNotFound
 from engine.recipes import Compute, EmbeddingOutput, Limits
 from engine.runtimes.kinds import RuntimeConfig, TensorFlowRuntimeConfig
 from engine.shards.kinds import SourceConfig
@@ -23,7 +24,7 @@ from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.accounting import RunTotals
-    from engine.extraction import ExtractJob, Resolved
+    from engine.extraction import ExtractJob, Resolved, ShardWork
     from engine.plan import Machines, PendingShards, Sizing
     from engine.storage import Store
     from engine.tables import Record
@@ -51,7 +52,14 @@ class ExtractRecipe(Config):
 def run(recipe: ExtractRecipe) -> Outcome:
     """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's."""
     from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
-    from engine.on_ray import machines_here, machines_of_cluster, ray_session, run_extract, run_resolve
+    from engine.on_ray import (
+        joins_cluster,
+        machines_here,
+        machines_of_cluster,
+        ray_session,
+        run_extract,
+        run_resolve,
+    )
     from engine.plan import read_tasks, size_up
 
     started, run_id = time.monotonic(), new_run_id("extract")
@@ -60,11 +68,12 @@ def run(recipe: ExtractRecipe) -> Outcome:
     _announce(recipe, pending)
     totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
     totals.start(pending.works)
+    groups: list[tuple[ShardWork, ...]] = []
     if pending.works or record is None or record["backbone"] != recipe.backbone.model_dump(mode="json"):
         with ray_session(recipe.compute.address, local_cpus=sizing.cpus_reserved):
             machines = machines_of_cluster()
             sizing = size_up(recipe.compute, machines)
-            _warn_if_small(sizing, machines)
+            _require_room(sizing, machines, can_grow=joins_cluster(recipe.compute.address))
             resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing)
             record = _claim(recipe, table, record, resolved)
             groups = read_tasks(pending.works, sizing.decode_tasks)
@@ -92,7 +101,7 @@ def run(recipe: ExtractRecipe) -> Outcome:
         "bytes_read": totals.bytes_read,
         "seconds": round(seconds, 3),
         "images_per_second": round(totals.rows / seconds, 1),
-        "bottleneck": totals.bottleneck(_parallelism(sizing)),
+        "bottleneck": totals.bottleneck(_parallelism(sizing, len(groups))),
     }
     return Outcome(summary, failed_shards_verdict(totals.damage, recipe.limits) or over_budget)
 
@@ -104,6 +113,7 @@ def plan(recipe: ExtractRecipe) -> dict[str, Any]:
 
     recipe = _located(recipe)
     _, table, record, pending = _look(recipe)
+    _announce(recipe, pending)
     sizing = size_up(recipe.compute, machines_here())
     rows_per_part = _rows_per_part(recipe, record)
     return {
@@ -123,7 +133,7 @@ def plan(recipe: ExtractRecipe) -> dict[str, Any]:
         "threads_per_actor": sizing.embed_threads,
         "decode_tasks": sizing.decode_tasks,
         "decode_threads": sizing.decode_threads,
-        "machine": recipe.compute.address or "local Ray; on a cluster, numbers left null are taken from it",
+        "runs_on": recipe.compute.address or "the cluster of RAY_ADDRESS if that is set, else a local Ray",
     }
 
 
@@ -165,7 +175,11 @@ def _look(recipe: ExtractRecipe) -> tuple[Store, Store, Record | None, PendingSh
 
 def _announce(recipe: ExtractRecipe, pending: PendingShards) -> None:
     if not pending.shards_total:
-        say(f"warning: no shards under {recipe.source.uri} match {recipe.source.pattern!r}")
+        raise ObjectNotFound(
+            f"{recipe.source.uri}: no shards here",
+            wanted=f"objects whose names match {recipe.source.pattern!r} (source.pattern)",
+            way_out="check source.uri (a typo, a disk that is not mounted) and the pattern",
+        )
     say(
         f"extract: {len(pending.works):,} of {pending.shards_total:,} shards pending "
         f"({pending.bytes_total / 1e6:,.1f} MB), {pending.shards_done:,} done"
@@ -176,14 +190,23 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards) -> None:
         say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts are kept")
 
 
-def _warn_if_small(sizing: Sizing, machines: Machines) -> None:
-    """An autoscaling cluster may grow, so a small one is a warning."""
-    actor_cpus, actor_gpus = sizing.actors * sizing.actor_cpus, sizing.actors * sizing.actor_gpus
-    if machines.cpus < actor_cpus + 1 or machines.gpus < actor_gpus:
-        say(
-            f"warning: the cluster has {machines.cpus:g} CPUs and {machines.gpus:g} GPUs now; {sizing.actors} actors "
-            f"and a reader need {actor_cpus + 1:g} CPUs and {actor_gpus:g} GPUs: waiting for it to grow"
+def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:
+    """Refuse a layout that a local Ray can never hold; a cluster may grow, so there it is a warning."""
+    from engine.errors import ClusterError
+
+    cpus, gpus = sizing.actors * sizing.actor_cpus + 1, sizing.actors * sizing.actor_gpus
+    if machines.cpus >= cpus and machines.gpus >= gpus:
+        return
+    found = f"{machines.cpus:g} CPUs and {machines.gpus:g} GPUs"
+    wanted = f"{cpus:g} CPUs and {gpus:g} GPUs for {sizing.actors} actors and a reader"
+    if not can_grow:
+        raise ClusterError(
+            "this machine cannot hold what compute asks for",
+            found=found,
+            wanted=wanted,
+            way_out="lower compute.actors or compute.gpus_per_actor, or give the compute.address of a cluster",
         )
+    say(f"warning: the cluster has {found} now, and needs {wanted}: waiting for it to grow")
 
 
 def _rows_per_part(recipe: ExtractRecipe, record: Record | None) -> int:
@@ -292,16 +315,17 @@ def _sweep(source: Store, table: Store, pending: PendingShards) -> int:
         except ObjectNotFound:
             return None
 
-    return sweep(table, pending.path_of, version_now) if pending.replaced else 0
+    return sweep(table, pending.path_of, version_now)
 
 
-def _parallelism(sizing: Sizing) -> dict[str, float]:
-    """Workers of each stage, for naming the bottleneck."""
+def _parallelism(sizing: Sizing, num_groups: int) -> dict[str, float]:
+    """Workers of each stage that had something to do, for naming the bottleneck."""
+    readers = max(1, min(sizing.decode_tasks, num_groups))
     return {
-        "read": sizing.decode_tasks,
-        "decode": sizing.decode_tasks * sizing.decode_threads,
+        "read": readers,
+        "decode": readers * sizing.decode_threads,
         "embed": sizing.actors,
-        "write": max(2, sizing.actors),
+        "write": sizing.writers,
     }
 
 

@@ -6,14 +6,22 @@ engine fit RECIPE            or   ray job submit --working-dir . -- python jobs/
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from engine.config import Config
+from engine.errors import LabelError
 from engine.recipes import Uri
 from engine.storage import StorageConfig
 from engine.training.kinds import FitOutput, FitSettings
 from jobs.outcome import Outcome, new_run_id, say
+
+if TYPE_CHECKING:
+    from engine.tables import Table
 
 
 class EmbeddingInput(Config):
@@ -36,45 +44,59 @@ class FitRecipe(FitSettings):
 
 def run(recipe: FitRecipe) -> Outcome:
     """Fit on one training worker under Ray Train, which publishes the bundle."""
-    from engine.on_ray import machines_here, machines_of_cluster, ray_session, run_training
-    from engine.storage import open_store
-    from engine.tables import open_table
+    from engine.on_ray import joins_cluster, machines_of_cluster, ray_session, run_training
 
-    recipe = _located(recipe)
-    table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
+    run_id = new_run_id("fit")
+    recipe, table, columns = _look(recipe)
     say(f"fit: {len(table.parts):,} parts of {recipe.embeddings.uri}")
     if table.incomplete_shards:
         say(
             f"warning: {table.incomplete_shards:,} shards of the table are not complete; their rows so far are used"
         )
-    cpus_here = machines_here().cpus
+    cpus_here = len(os.sched_getaffinity(0))
     with ray_session(None, local_cpus=cpus_here + 1):  # Ray Train's own controller takes part of a core
         machines = machines_of_cluster()
         gpus = _gpus_wanted(recipe, machines.largest_node_gpus)
-        cpus = 1.0 if gpus else max(1.0, min(cpus_here, machines.largest_node_cpus - 1))
-        summary = run_training(functools.partial(fit_on_worker, recipe), cpus, gpus)
-    return Outcome({"verb": "fit", "run_id": new_run_id("fit"), **summary})
+        cpus = 1.0 if gpus else max(1.0, machines.largest_node_cpus - 1)
+        cpus = cpus if joins_cluster(None) else min(cpus, float(cpus_here))
+        answer = run_training(functools.partial(fit_on_worker, recipe, columns), cpus, gpus)
+    for note in answer["notes"]:
+        say(f"note: {note}")
+    return Outcome({"verb": "fit", "run_id": run_id, **answer["summary"]})
 
 
-def fit_on_worker(recipe: FitRecipe) -> dict[str, Any]:
-    """Body of the training worker: read the table, fit, publish; returns the fit's summary."""
+def fit_on_worker(recipe: FitRecipe, columns: list[str]) -> dict[str, Any]:
+    """Body of the training worker: read the table, fit, publish; the fit's summary, and what it had to say."""
     from engine.storage import open_store
     from engine.tables import open_table
     from engine.training.fit import fit_head
 
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
-    rows = table.read(_columns(recipe))
     bundle_store = open_store(recipe.output.uri, recipe.storage)
-    return dict(fit_head(rows, table.record, recipe, recipe.storage, bundle_store, report=lambda _: None))
+    with _warnings_of("engine.training") as notes:
+        summary = fit_head(
+            table.read(columns), table.record, recipe, recipe.storage, bundle_store, report=lambda _: None
+        )
+    return {"summary": dict(summary), "notes": notes}
+
+
+@contextmanager
+def _warnings_of(logger_name: str) -> Iterator[list[str]]:
+    """Collect the texts of a logger's warnings: a worker's log is not where the person looks."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(logger_name)
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
 
 
 def plan(recipe: FitRecipe) -> dict[str, Any]:
-    """What `run` would do, from validation and listings alone; touches nothing."""
-    from engine.storage import open_store
-    from engine.tables import open_table
-
-    recipe = _located(recipe)
-    table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
+    """What `run` would do, from validation, listings and one footer; touches nothing."""
+    recipe, table, _ = _look(recipe)
     return {
         "verb": "fit",
         "embeddings": recipe.embeddings.uri,
@@ -90,19 +112,37 @@ def plan(recipe: FitRecipe) -> dict[str, Any]:
     }
 
 
-def _columns(recipe: FitRecipe) -> list[str]:
-    """Columns of the table that a fit with this recipe reads."""
+def _look(recipe: FitRecipe) -> tuple[FitRecipe, Table, list[str]]:
+    """The located recipe, the table, and the columns to read; refuses what is known to be wrong before Ray starts."""
+    from engine.storage import open_store
+    from engine.tables import open_table
+
+    recipe = _located(recipe)
+    table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
+    next(
+        iter(open_store(recipe.output.uri, recipe.storage).list()), None
+    )  # a file, a missing bucket, no rights
+    there = table.column_names()
     columns = ["key", "shard", "index", "embedding"]
     if recipe.labels.uri is None:
         columns += [recipe.labels.label, *([recipe.split.column] if recipe.split.column else [])]
-    return list(dict.fromkeys(columns))
+    elif recipe.split.column in there:  # else it must be in the label file
+        columns.append(recipe.split.column)
+    absent = [column for column in columns if column not in there]
+    if absent:
+        raise LabelError(
+            f"{recipe.embeddings.uri}: no column {', '.join(absent)}",
+            found=", ".join(there),
+            way_out="correct labels.label or split.column, or name a label file in labels.uri",
+        )
+    return recipe, table, list(dict.fromkeys(columns))
 
 
 def _gpus_wanted(recipe: FitRecipe, largest_node_gpus: float) -> float:
-    """GPUs for the one training worker: those the strategy names, else one or all of a node; 0 where there are none."""
+    """GPUs for the one training worker; never more than a node has: the strategy refuses too few with a message."""
     if not largest_node_gpus or recipe.strategy.kind == "one_device":
         return min(1.0, largest_node_gpus)
-    return float(recipe.strategy.devices_per_worker or largest_node_gpus)
+    return min(float(recipe.strategy.devices_per_worker or largest_node_gpus), largest_node_gpus)
 
 
 def _located(recipe: FitRecipe) -> FitRecipe:

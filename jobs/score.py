@@ -69,7 +69,6 @@ class ScoreRecipe(Config):
 def run(recipe: ScoreRecipe) -> Outcome:
     """Score the embedding parts that have no predictions yet, then drop predictions of rewritten parts."""
     from engine.on_ray import machines_here, machines_of_cluster, ray_session, run_parts
-    from engine.parts import prediction_name
     from engine.scoring import PartScorer, score_items
     from engine.tables import claim_table, sweep_predictions
 
@@ -91,9 +90,7 @@ def run(recipe: ScoreRecipe) -> Outcome:
                 rows, abstained = rows + receipt["rows"], abstained + receipt["abstained"]
                 parts += receipt["parts"]
                 bar.update(task, completed=parts, rate=f"{rows / (time.monotonic() - started):,.0f} rows/s")
-    swept = sweep_predictions(
-        predictions, {prediction_name(name, info.identity) for name, info in embeddings.parts}
-    )
+    swept = sweep_predictions(predictions, lambda: _wanted_now(embeddings.store))
     if swept:
         say(f"removed {swept:,} prediction parts of rewritten embeddings")
     seconds = time.monotonic() - started
@@ -155,6 +152,14 @@ def _look(recipe: ScoreRecipe) -> tuple[ScoreJob, Table, Store, list[tuple[PartN
         check_contract(record, _contract(job), predictions.uri)
     scored = {name for name, _ in list_parts(predictions)}
     return job, embeddings, predictions, pending_parts(embeddings.parts, scored)
+
+
+def _wanted_now(embeddings: Store) -> set[PartName]:
+    """Names of the prediction parts that the embedding table calls for at this moment."""
+    from engine.parts import prediction_name
+    from engine.tables import open_table
+
+    return {prediction_name(name, info.identity) for name, info in open_table(embeddings).parts}
 
 
 def _contract(job: ScoreJob) -> dict[str, Any]:

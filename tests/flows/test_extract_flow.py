@@ -12,7 +12,7 @@ import pytest
 
 from engine.storage import open_store
 from engine.tables import embeddings_matrix, list_parts, open_table
-from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_shards
+from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_recipe, write_shards
 from tests.flows.conftest import Engine
 from tests.shards.archives import member, tar_bytes
 
@@ -213,3 +213,40 @@ def test_plan_says_what_would_be_done_and_touches_nothing(engine: Engine, tmp_pa
     assert planned.code == 0
     assert (planned.summary["shards_pending"], planned.summary["rows_per_part"]) == (2, 64)
     assert not (tmp_path / "table").exists()
+
+
+def test_a_source_that_is_not_there_is_an_error_and_leaves_no_table(engine: Engine, tmp_path: Path) -> None:
+    recipe = extract_recipe(tmp_path, str(tmp_path / "unmounted"), str(tmp_path / "table"))
+    for arguments in ([], ["--plan"]):
+        ended = engine("extract", recipe, *arguments)
+        assert ended.code == 1
+        assert "unmounted: no shards here" in ended.stderr
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_one_message_within_seconds(
+    engine_process: Engine, small_table: Path
+) -> None:
+    settings = ("--set", "compute.address=127.0.0.1:9", "--set", f"output.uri={small_table}/elsewhere")
+    ended = engine_process("extract", small_table / "extract.yaml", *settings)
+    assert ended.code == 1
+    assert "127.0.0.1:9" in ended.stderr and "way out" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_gpus_that_a_local_ray_does_not_have_are_refused(engine_process: Engine, small_table: Path) -> None:
+    settings = ("--set", "compute.gpus_per_actor=1", "--set", f"output.uri={small_table}/elsewhere")
+    ended = engine_process("extract", small_table / "extract.yaml", *settings)
+    assert ended.code == 1
+    assert "this machine cannot hold" in ended.stderr and "1 GPUs" in ended.stderr
+
+
+@pytest.mark.parametrize("override", ["labels.label=species", "split.column=part"])
+def test_a_wrong_column_for_fit_is_named_with_the_columns_there_are(
+    engine: Engine, small_table: Path, override: str
+) -> None:
+    text = f"embeddings: {{uri: {small_table}/table}}\noutput: {{uri: {small_table}/bundle}}\n"
+    recipe = write_recipe(small_table, "fit.yaml", text)
+    ended = engine("fit", recipe, "--plan", "--set", override)
+    assert ended.code == 1
+    assert override.split("=")[1] in ended.stderr and "image_width" in ended.stderr
+    assert "delete" not in ended.stderr

@@ -19,10 +19,10 @@ SHARDS, IMAGES = 15, 1000
 START_TIMEOUT_S = 180
 
 
-def start_extract(repository: Path, recipe: Path) -> subprocess.Popen[str]:
+def start(verb: str, repository: Path, recipe: Path) -> subprocess.Popen[str]:
     """Start the command in a process group of its own, as a terminal or a job supervisor would."""
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "extract", str(recipe)],
+        [sys.executable, "-m", "jobs.cli", verb, str(recipe)],
         cwd=repository,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -50,14 +50,14 @@ def test_fifteen_thousand_images_each_once_whatever_kills_the_driver(
     table = tmp_path / "table"
     recipe = extract_recipe(tmp_path, str(tmp_path / "shards"), str(table))
 
-    killed = start_extract(repository, recipe)
+    killed = start("extract", repository, recipe)
     wait_for_parts(table, 20, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     parts_after_kill = len(list((table / "data").glob("*.parquet")))
     assert parts_after_kill < SHARDS * 16
 
-    interrupted = start_extract(repository, recipe)
+    interrupted = start("extract", repository, recipe)
     wait_for_parts(table, parts_after_kill + 20, interrupted)
     os.kill(interrupted.pid, signal.SIGTERM)
     output, _ = interrupted.communicate(timeout=60)
