@@ -41,7 +41,7 @@ clean:  ## remove .venv and all else that git ignores here
 	  echo "No Python 3.11, 3.12 or 3.13 with its venv and ensurepip modules among: $(PYTHONS)."; \
 	  echo "Install one (Debian, Ubuntu: python3-venv), or name it: make test PYTHON=/path/to/python3.12"; exit 1
 	@sed -n '/^uv==/,/# via/p' requirements.lock | .venv/bin/python -m pip install --quiet --require-hashes -r /dev/stdin
-	@.venv/bin/uv pip sync --python .venv/bin/python --require-hashes requirements.lock \
+	@.venv/bin/uv pip sync --python .venv/bin/python --compile-bytecode --require-hashes requirements.lock \
 	  || .venv/bin/python -m pip install --require-hashes -r requirements.lock
 	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
