@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -51,18 +52,19 @@ def engine_process(repository: Path) -> Engine:
 
 @pytest.fixture(scope="session")
 def shared_ray(s3_store: S3TestStore) -> Iterator[None]:
-    """One local Ray for many flows; its workers know the keys of the test store."""
+    """One local Ray for many flows; its workers know the keys of the test store, later tests do not."""
     from engine.on_ray import ray_session
 
-    os.environ.update(s3_store.environment())
-    with ray_session(None, local_cpus=4):
+    with contextlib.ExitStack() as opened:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3_store.environment().items():
+                patch.setenv(name, value)
+            opened.enter_context(ray_session(None, local_cpus=4))
         yield
-    for name in s3_store.environment():
-        os.environ.pop(name, None)
 
 
 @pytest.fixture
-def engine(shared_ray: None, capsys: pytest.CaptureFixture[str]) -> Engine:
+def engine(shared_ray: None, s3_environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Engine:
     """Run `engine ...` in this process, on the shared Ray."""
     from jobs.cli import main
 
