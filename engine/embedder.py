@@ -7,6 +7,7 @@ embedding width, C canary images.
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,29 +88,32 @@ class Embedder:
         """Embeddings of the canary images, computed now: float32, shape (C, D)."""
         return self.embed(canary_pixels(self.input_size))
 
-    def check(self, tensor_digest: str, canary_CD: np.ndarray) -> None:
+    def check(self, fingerprint_fields: Mapping[str, Any], canary_CD: np.ndarray) -> None:
         """Make sure that this process computes what the table was resolved with.
 
         Args:
-            tensor_digest: of the resolved network.
+            fingerprint_fields: of the resolved network, as `self.fingerprint_fields`.
             canary_CD: float32, shape (C, D), its embeddings of the canary images.
 
         Raises:
-            CanaryMismatch: other tensors, or a canary row whose cosine to the resolved one is below 0.9999.
+            CanaryMismatch: other fields, or a canary row whose cosine to the resolved one is below 0.9999.
         """
         host = socket.gethostname()
-        if tensor_digest != self.tensor_digest:
+        here = self.fingerprint_fields
+        other = [name for name in here if fingerprint_fields.get(name) != here[name]]
+        if other:
             raise CanaryMismatch(
-                f"host {host} has loaded other weights than the table was resolved with",
-                found=f"tensor digest {self.tensor_digest}",
-                wanted=f"tensor digest {tensor_digest}",
+                f"host {host} has loaded another backbone than the table was resolved with",
+                found=", ".join(f"{name} {here[name]}" for name in other),
+                wanted=", ".join(f"{name} {fingerprint_fields.get(name)}" for name in other),
                 way_out="the same weights must be reachable from every node: look into the caches "
-                "(~/.keras/models, ENGINE_CACHE_DIR) of this one, or start a new table",
+                "(~/.keras/models, ENGINE_CACHE_DIR) of this one; if the weights were replaced on purpose, "
+                "start a new table",
             )
         cosines = cosine_per_row(self.canary(), np.asarray(canary_CD))
         if not (cosines >= MIN_CANARY_COSINE).all():
             raise CanaryMismatch(
-                f"host {host} computes other embeddings from the same weights (tensor digest {tensor_digest})",
+                f"host {host} computes other embeddings from the same weights (tensor digest {self.tensor_digest})",
                 found=f"cosines to the resolved canary: {', '.join(f'{cosine:.6f}' for cosine in cosines)}",
                 wanted=f"each at least {MIN_CANARY_COSINE}",
                 way_out="compare TensorFlow, precision settings, processor and GPU of this host with the others",

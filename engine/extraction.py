@@ -50,7 +50,7 @@ class ExtractJob:
     """What every stage needs to know; small, picklable, without weights.
 
     Attributes:
-        fingerprint, tensor_digest, canary, width: as the resolve task found them; every actor must agree.
+        fingerprint_fields, fingerprint, canary, width: as the resolve task found them; every actor must agree.
         rows_per_part: samples in one part, resolved.
         decode_threads: threads in each reader.
         embed_threads: threads of each actor, None for the runtime's default.
@@ -64,8 +64,8 @@ class ExtractJob:
     table_uri: str
     dtype: EmbeddingDtype
     rows_per_part: int
+    fingerprint_fields: dict[str, Any]
     fingerprint: str
-    tensor_digest: str
     canary: tuple[tuple[float, ...], ...]
     width: int
     decode_threads: int = 1
@@ -85,7 +85,6 @@ class Resolved(NamedTuple):
 
     fingerprint: str
     fingerprint_fields: dict[str, Any]
-    tensor_digest: str
     width: int
     canary: tuple[tuple[float, ...], ...]
 
@@ -99,7 +98,6 @@ def resolve(
     return Resolved(
         embedder.fingerprint,
         dict(embedder.fingerprint_fields),
-        embedder.tensor_digest,
         embedder.width,
         canary,
     )
@@ -452,7 +450,7 @@ class PartEmbedder:
     def __init__(self, job: ExtractJob) -> None:
         self._job = job
         self._embedder = Embedder(job.backbone, job.runtime, job.storage, job.embed_threads)
-        self._embedder.check(job.tensor_digest, np.asarray(job.canary, np.float32))
+        self._embedder.check(job.fingerprint_fields, np.asarray(job.canary, np.float32))
 
     def __call__(self, row: pa.Table) -> pa.Table:
         part = Part.from_row(row)

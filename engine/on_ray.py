@@ -50,6 +50,7 @@ CONNECT_TIMEOUT_S = 10.0
 _FAILURE = "failure"
 
 Stage = Callable[[pa.Table], pa.Table]
+Report = Callable[[dict[str, Any]], None]
 
 
 # ---------------------------------------------------------------- the session
@@ -146,9 +147,6 @@ def _quieten() -> None:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # no FutureWarning about GPUs on CPU workers
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # Ray Train's TensorFlow trainer imports TensorFlow here
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -156,19 +154,6 @@ def _quieten() -> None:
     )
     # "Progress bars disabled", at every run. A filter, because Ray Data sets levels again when it starts.
     logging.getLogger("ray.data._internal.progress").addFilter(lambda _record: False)
-
-
-@contextlib.contextmanager
-def _native_stderr_silenced() -> Iterator[None]:
-    """Nothing that C++ code writes to file descriptor 2 is shown; Python exceptions are as ever."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 # ---------------------------------------------------------------- one task
@@ -395,45 +380,58 @@ def _ray_errors_translated() -> Iterator[None]:
 # ---------------------------------------------------------------- Ray Train
 
 
-def run_training(function: Callable[[], dict[str, Any]], num_cpus: float, num_gpus: float) -> dict[str, Any]:
+def run_training(
+    function: Callable[[Report], dict[str, Any]],
+    on_report: Report,
+    num_cpus: float,
+    num_gpus: float,
+) -> dict[str, Any]:
     """Run one training worker under Ray Train and return its answer.
 
     Args:
-        function: the whole training; runs in a worker process with its own TensorFlow. Picklable.
+        function: the whole training; runs in a worker process with its own TensorFlow. Picklable. What it reports
+            (dicts of numbers) reaches `on_report` here.
+        on_report: called in this thread, in order; all reports come before the answer.
 
     Raises:
         EngineError: as the function raised it.
         ClusterError: the worker was lost.
     """
-    with (
-        _native_stderr_silenced()
-    ):  # importing the trainer imports TensorFlow, which writes of GPUs it did not find
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.tensorflow import TensorflowTrainer
+    # Not Ray's TensorflowTrainer: it imports TensorFlow here and in the controller (6 s each), and switches the
+    # workers to Keras 2 (TF_USE_LEGACY_KERAS; Ray 2.60).
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.util.queue import Queue
+
+    reports = Queue(actor_options={"num_cpus": 0})  # ray.train.report would want a checkpoint with each
 
     def loop() -> tuple[dict[str, Any] | None, bytes | None]:
         try:
-            return function(), None
+            return function(reports.put), None
         except EngineError as error:
             return None, pickle.dumps(error)
 
+    def hand_on_reports() -> None:
+        for report in reports.get_nowait_batch(reports.qsize()):
+            on_report(report)
+
     resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory(prefix="engine-train-") as scratch:
-        trainer: Any = TensorflowTrainer(
-            loop,  # type: ignore[arg-type]  # typed for functions without an answer
+        trainer: Any = DataParallelTrainer(
+            loop,
             scaling_config=ScalingConfig(num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(storage_path=scratch, name=f"fit-{int(time.time())}"),
         )
         with _ray_errors_translated():
-            answer, failure = _beside_signals(lambda: trainer.fit().return_value)
+            answer, failure = _beside_signals(lambda: trainer.fit().return_value, meanwhile=hand_on_reports)
     if failure is not None:
         raise pickle.loads(failure)
     result: dict[str, Any] = answer
     return result
 
 
-def _beside_signals(function: Callable[[], Any]) -> Any:
-    """Run a function in a thread of its own and wait for it.
+def _beside_signals(function: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
+    """Run a function in a thread of its own; until it ends, and once more then, call `meanwhile` in this one.
 
     In the main thread Ray Train 2.60 puts a handler on SIGINT that ends the process with exit code 0; from another
     thread it cannot, and Ctrl-C reaches the one who waits here.
@@ -449,4 +447,7 @@ def _beside_signals(function: Callable[[], Any]) -> Any:
     threading.Thread(target=run, daemon=True).start()
     while not outcome.done():
         time.sleep(0.1)
-    return outcome.result()
+        meanwhile()
+    answer = outcome.result()
+    meanwhile()
+    return answer

@@ -64,18 +64,22 @@ def run(recipe: ExtractRecipe) -> Outcome:
 
     started, run_id = time.monotonic(), new_run_id("extract")
     recipe = _located(recipe)
-    source, table, record, pending = _look(recipe)
+    source, table, found, pending = _look(recipe)
     _announce(recipe, pending)
     totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
     totals.start(pending.works)
     groups: list[tuple[ShardWork, ...]] = []
-    if pending.works or record is None or record["backbone"] != recipe.backbone.model_dump(mode="json"):
+    # A table that names this very backbone need not be resolved again: each actor proves that it holds the same one.
+    same_backbone = found is not None and found["backbone"] == recipe.backbone.model_dump(mode="json")
+    record = found if same_backbone else None
+    if pending.works or record is None:
         with ray_session(recipe.compute.address, local_cpus=sizing.cpus_reserved):
             machines = machines_of_cluster()
             sizing = size_up(recipe.compute, machines)
             _require_room(sizing, machines, can_grow=joins_cluster(recipe.compute.address))
-            resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing)
-            record = _claim(recipe, table, record, resolved)
+            if record is None:
+                resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing)
+                record = _claim(recipe, table, found, resolved)
             groups = read_tasks(pending.works, sizing.decode_tasks)
             if groups:
                 _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
@@ -256,7 +260,7 @@ def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved:
             "schema_version": contract["schema_version"],
             "contract": contract,
             "fingerprint": resolved.fingerprint,
-            "tensor_digest": resolved.tensor_digest,
+            "tensor_digest": resolved.fingerprint_fields["tensor_digest"],
             "width": resolved.width,
             "canary": resolved.canary,
             "rows_per_part": rows_per_part,
@@ -282,7 +286,11 @@ def _job(recipe: ExtractRecipe, record: Record, sizing: Sizing) -> ExtractJob:
         dtype=recipe.output.dtype,
         rows_per_part=record["rows_per_part"],
         fingerprint=record["fingerprint"],
-        tensor_digest=record["tensor_digest"],
+        fingerprint_fields={
+            name.removeprefix("fingerprint."): value
+            for name, value in record["contract"].items()
+            if name.startswith("fingerprint.")
+        },
         canary=tuple(map(tuple, record["canary"])),
         width=record["width"],
         decode_threads=sizing.decode_threads,

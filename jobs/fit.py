@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from engine.errors import LabelError
 from engine.recipes import Uri
 from engine.storage import StorageConfig
 from engine.training.kinds import FitOutput, FitSettings
-from jobs.outcome import Outcome, new_run_id, say
+from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.tables import Table
@@ -59,13 +59,27 @@ def run(recipe: FitRecipe) -> Outcome:
         gpus = _gpus_wanted(recipe, machines.largest_node_gpus)
         cpus = 1.0 if gpus else max(1.0, machines.largest_node_cpus - 1)
         cpus = cpus if joins_cluster(None) else min(cpus, float(cpus_here))
-        answer = run_training(functools.partial(fit_on_worker, recipe, columns), cpus, gpus)
+        with progress_bar("epochs", recipe.training.epochs) as (bar, task):
+
+            def show(epoch: dict[str, Any]) -> None:
+                bar.update(task, completed=epoch["epoch"], rate=_figures(epoch))
+
+            answer = run_training(functools.partial(fit_on_worker, recipe, columns), show, cpus, gpus)
     for note in answer["notes"]:
         say(f"note: {note}")
     return Outcome({"verb": "fit", "run_id": run_id, **answer["summary"]})
 
 
-def fit_on_worker(recipe: FitRecipe, columns: list[str]) -> dict[str, Any]:
+def _figures(epoch: dict[str, Any]) -> str:
+    """What the progress bar says of an epoch."""
+    if epoch["validation_loss"] is None:
+        return f"train loss {epoch['train_loss']:.4f}"
+    return f"validation loss {epoch['validation_loss']:.4f}, accuracy {epoch['validation_accuracy']:.3f}"
+
+
+def fit_on_worker(
+    recipe: FitRecipe, columns: list[str], report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Body of the training worker: read the table, fit, publish; the fit's summary, and what it had to say."""
     from engine.storage import open_store
     from engine.tables import open_table
@@ -74,9 +88,7 @@ def fit_on_worker(recipe: FitRecipe, columns: list[str]) -> dict[str, Any]:
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle_store = open_store(recipe.output.uri, recipe.storage)
     with _warnings_of("engine.training") as notes:
-        summary = fit_head(
-            table.read(columns), table.record, recipe, recipe.storage, bundle_store, report=lambda _: None
-        )
+        summary = fit_head(table.read(columns), table.record, recipe, recipe.storage, bundle_store, report)
     return {"summary": dict(summary), "notes": notes}
 
 

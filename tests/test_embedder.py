@@ -49,14 +49,14 @@ def test_fingerprint_is_made_of_what_the_embedder_says_about_itself(
 def test_second_embedder_of_the_same_config_passes_the_check(embedder: Embedder) -> None:
     again = Embedder(EfficientNetLite0Config.model_validate(CUT), RUNTIME, StorageConfig(), None)
     assert again.fingerprint == embedder.fingerprint
-    again.check(embedder.tensor_digest, embedder.canary())
+    again.check(embedder.fingerprint_fields, embedder.canary())
 
 
 def test_other_weights_are_refused_with_host_and_both_digests(
     embedder: Embedder, other_seed: Embedder
 ) -> None:
     with pytest.raises(CanaryMismatch) as caught:
-        other_seed.check(embedder.tensor_digest, embedder.canary())
+        other_seed.check(embedder.fingerprint_fields, embedder.canary())
     message = str(caught.value)
     assert socket.gethostname() in message
     assert embedder.tensor_digest in message
@@ -72,10 +72,10 @@ def test_other_numbers_from_the_same_weights_are_refused_with_the_cosines(embedd
     axis[int(np.abs(canary_CD[2]).argmin())] = np.linalg.norm(canary_CD[2])
     turned[2] = canary_CD[2] + 0.02 * axis  # cosine about 0.9998
     with pytest.raises(CanaryMismatch, match=r"1\.000000, 1\.000000, 0\.9998\d\d, 1\.000000") as caught:
-        embedder.check(embedder.tensor_digest, turned)
+        embedder.check(embedder.fingerprint_fields, turned)
     assert socket.gethostname() in str(caught.value)
     turned[2] = canary_CD[2] + 0.01 * axis  # about 0.99995
-    embedder.check(embedder.tensor_digest, turned)
+    embedder.check(embedder.fingerprint_fields, turned)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -83,12 +83,12 @@ def test_canary_that_is_not_finite_is_refused(embedder: Embedder, bad: float) ->
     broken = embedder.canary()
     broken[1, 7] = bad
     with pytest.raises(CanaryMismatch, match="nan"):
-        embedder.check(embedder.tensor_digest, broken)
+        embedder.check(embedder.fingerprint_fields, broken)
 
 
 def test_canary_of_another_shape_is_refused(embedder: Embedder) -> None:
     with pytest.raises(CanaryMismatch, match=r"\(4, 24\)"):
-        embedder.check(embedder.tensor_digest, embedder.canary()[:, :23])
+        embedder.check(embedder.fingerprint_fields, embedder.canary()[:, :23])
 
 
 def test_canary_images_are_these_bytes_for_ever() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def job(tmp_path: Path) -> ExtractJob:
         dtype="float32",
         rows_per_part=ROWS,
         fingerprint="f" * 64,
-        tensor_digest="d" * 64,
+        fingerprint_fields={"tensor_digest": "d" * 64},
         canary=((1.0,) * WIDTH,),
         width=WIDTH,
         decode_threads=3,
@@ -244,9 +245,10 @@ def test_default_part_size_is_about_64_mb_in_steps_of_64_rows(side_px: int, rows
 def test_an_actor_that_computes_other_numbers_stops_and_one_that_agrees_works(job: ExtractJob) -> None:
     found = resolve(job.backbone, job.runtime, job.storage, 1)
     assert found.width == 1280
-    agreed = replace(job, tensor_digest=found.tensor_digest, canary=found.canary, width=found.width)
+    fields = json.loads(json.dumps(found.fingerprint_fields))  # as `_table.json` gives them back
+    agreed = replace(job, fingerprint_fields=fields, canary=found.canary, width=found.width)
     (part,) = parts_of(job, put_shard(job, shard_bytes(0, 3)))
     answer = Part.from_row(PartEmbedder(agreed)(part.to_row()))
     assert answer.array is not None and answer.array.shape == (3, 1280)
-    with pytest.raises(CanaryMismatch):
-        PartEmbedder(replace(agreed, tensor_digest="0" * 64))
+    with pytest.raises(CanaryMismatch, match="decode_version 0"):
+        PartEmbedder(replace(agreed, fingerprint_fields=fields | {"decode_version": 0}))

@@ -21,10 +21,15 @@ def _photos() -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(photo) for photo in load_sample_images().images)
 
 
+def crop_label(number: int) -> str:
+    """The photo that crop `number` is of."""
+    return PHOTO_NAMES[int(np.random.default_rng(number).integers(len(PHOTO_NAMES)))]
+
+
 def crop_jpeg(number: int, side_px: int = 24) -> tuple[bytes, str]:
     """Crop `number` of a fixed endless series: its JPEG bytes, and the photo it is of."""
     random = np.random.default_rng(number)
-    photo_number = int(random.integers(len(PHOTO_NAMES)))
+    photo_number = int(random.integers(len(PHOTO_NAMES)))  # as `crop_label`
     photo = _photos()[photo_number]
     left = int(random.integers(photo.width - side_px))
     top = int(random.integers(photo.height - side_px))
