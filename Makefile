@@ -13,8 +13,9 @@ help:  ## this list
 demo: .venv/.installed  ## the whole cycle on bundled real images
 	.venv/bin/engine demo
 
-test: .venv/.installed  ## the test suite; `make test PYTEST="-k storage"` passes options on
-	.venv/bin/python -m pytest $(PYTEST)
+# Two processes; a file stays in one of them, with its Ray.
+test: .venv/.installed  ## the test suite; `make test PYTEST="-n 0 -k storage"` passes options on
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: .venv/.installed  ## ruff (rules and layout) and mypy (types)
 	.venv/bin/ruff check .

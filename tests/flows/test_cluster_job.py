@@ -7,12 +7,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from engine.storage import open_store
 from engine.tables import open_table
 from tests.flows.archives import extract_recipe, write_shards
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 SUBMIT_TIMEOUT_S = 240
 
@@ -37,21 +41,29 @@ def cluster_dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         cluster.shutdown()
 
 
+def submit(client: JobSubmissionClient, entrypoint: str, repository: Path, deadline: float) -> str:
+    """Submit a job as soon as an agent takes it: nodes are up some seconds before their agents are."""
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(repository)})
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
 def test_extract_runs_as_a_submitted_job_on_three_nodes(
     cluster_dashboard: str, repository: Path, tmp_path: Path
 ) -> None:
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobStatus, JobSubmissionClient  # slow: only when it runs
 
     keys = write_shards(open_store(str(tmp_path / "shards")), shards=4, images=70)
     recipe = extract_recipe(
         tmp_path, str(tmp_path / "shards"), str(tmp_path / "table"), "compute: {actors: 2}"
     )
     client = JobSubmissionClient(cluster_dashboard)
-    job = client.submit_job(
-        entrypoint=f"python jobs/extract.py {recipe} --json",
-        runtime_env={"working_dir": str(repository)},
-    )
     deadline = time.monotonic() + SUBMIT_TIMEOUT_S
+    job = submit(client, f"python jobs/extract.py {recipe} --json", repository, deadline)
     while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
         time.sleep(0.5)
     logs = client.get_job_logs(job)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from engine.parts import path16_of
 from engine.storage import open_store
 from engine.tables import embeddings_matrix, list_parts, open_table
 from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_recipe, write_shards
@@ -21,7 +22,9 @@ def keys_of(table: Path) -> Counter[str]:
     return Counter(open_table(open_store(str(table))).read(["key"])["key"].to_pylist())
 
 
-def test_every_sample_is_a_row_or_a_reject_and_rows_say_what_they_are(engine: Engine, tmp_path: Path) -> None:
+def test_every_sample_is_a_row_or_a_reject_and_over_the_budget_a_rerun_says_so_again(
+    engine: Engine, tmp_path: Path
+) -> None:
     source = open_store(str(tmp_path / "shards"))
     good, label = crop_jpeg(1)
     members = [
@@ -34,14 +37,16 @@ def test_every_sample_is_a_row_or_a_reject_and_rows_say_what_they_are(engine: En
         member("e/no-label.jpg", good),
     ]
     source.write("mixed.tar", tar_bytes(members))
-    recipe = extract_recipe(
-        tmp_path, source.uri, str(tmp_path / "table"), "limits: {max_reject_fraction: 0.6}"
-    )
+    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
     settings = ("--set", "source.metadata=['json:camera.id']", "--set", "output.dtype=float16")
-    ended = engine("extract", recipe, "--json", *settings)
-    assert ended.code == 0, ended.stderr
-    assert (ended.summary["rows"], ended.summary["rejects"]) == (2, 3)
-    assert ended.summary["rejects_by_reason"] == {"truncated_image": 1, "no_image": 1, "empty_sample": 1}
+    for budget, code, rows in [(0.6, 0, 2), (0.5, 3, 0), (0.5, 3, 0)]:
+        ended = engine(
+            "extract", recipe, "--json", *settings, "--set", f"limits.max_reject_fraction={budget}"
+        )
+        assert ended.code == code, ended.stderr
+        assert (ended.summary["rows"], ended.summary["rejects"]) == (rows, 3)
+        assert ended.summary["rejects_by_reason"] == {"truncated_image": 1, "no_image": 1, "empty_sample": 1}
+    assert "the table has 3 rejects" in ended.stderr and "empty_sample 1" in ended.stderr
     table = open_table(open_store(str(tmp_path / "table")))
     assert embeddings_matrix(table.read(["embedding"])["embedding"]).dtype == np.float16
     rows = table.read(["key", "index", "label", "image_width", "shard", "id"]).to_pylist()
@@ -57,66 +62,58 @@ def test_every_sample_is_a_row_or_a_reject_and_rows_say_what_they_are(engine: En
     ]
 
 
-def test_rejects_over_the_budget_exit_3_again_on_a_rerun_with_the_table_intact(
+def test_shards_whose_names_would_collide_come_through_and_a_rerun_reads_nothing_but_listings(
     engine: Engine, tmp_path: Path
 ) -> None:
     source = open_store(str(tmp_path / "shards"))
-    good, _ = crop_jpeg(1)
-    source.write("a.tar", tar_bytes([member(f"{i}.jpg", good if i else b"") for i in range(5)]))
+    for number, path in enumerate(["a/b__c.tar", "a__b/c.tar", "_x.tar", "x.tar", "a/b/c.tar"]):
+        source.write(path, shard_bytes(number * 70, 70))
+    source.write("empty.tar", tar_bytes([]))
     recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
-    for _ in range(2):
-        ended = engine("extract", recipe, "--json")
-        assert ended.code == 3
-        assert "the table has 1 rejects" in ended.stderr and "empty_sample 1" in ended.stderr
-        assert ended.summary["rejects"] == 1
-    assert keys_of(tmp_path / "table").total() == 4
+    ended = engine("extract", recipe, "--json")
+    assert (ended.code, ended.summary["rows"], ended.summary["parts_written"]) == (0, 350, 11)
+    assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in range(350))
 
-
-def test_a_rerun_reads_nothing_but_listings(engine: Engine, tmp_path: Path) -> None:
-    source = open_store(str(tmp_path / "shards"))
-    keys = write_shards(source, shards=3, images=70)
-    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
-    assert engine("extract", recipe).code == 0
-    assert keys_of(tmp_path / "table") == Counter(keys)
     parts = sorted((tmp_path / "table" / "data").iterdir())
     before = {path: path.stat().st_mtime_ns for path in parts}
-    for path in [*(tmp_path / "shards").iterdir(), *parts]:  # same size and time, nothing left to read
+    for path in [*(tmp_path / "shards").rglob("*.tar"), *parts]:  # same size and time, nothing left to read
         status = path.stat()
         path.write_bytes(bytes(status.st_size))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     ended = engine("extract", recipe, "--json")
     assert ended.code == 0, ended.stderr
     assert (ended.summary["parts_written"], ended.summary["bytes_read"], ended.summary["rows"]) == (0, 0, 0)
-    assert (ended.summary["shards_skipped"], ended.summary["shards_total"]) == (3, 3)
+    assert (ended.summary["shards_skipped"], ended.summary["shards_total"]) == (6, 6)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "table" / "data").iterdir()} == before
 
 
 def test_a_half_done_shard_resumes_at_its_first_missing_part(engine: Engine, tmp_path: Path) -> None:
     source = open_store(str(tmp_path / "shards"))
-    source.write("a.tar", shard_bytes(0, 300))
+    shards = {"tail.tar": [3, 4], "middle.tar": [1], "all.tar": [0, 1, 2, 3, 4], "none.tar": []}
+    for place, shard in enumerate(shards):
+        source.write(shard, shard_bytes(place * 300, 300))
     table = tmp_path / "table"
     recipe = extract_recipe(tmp_path, source.uri, str(table))
-    full = engine("extract", recipe, "--json")
-    assert full.summary["parts_written"] == 5
-    calm = open_table(open_store(str(table))).read(["key", "embedding"]).sort_by("key")
-    size = source.info("a.tar").size
-    for lost, parts_again, most_bytes in (
-        ([3, 4], 2, size * 0.5),
-        ([1], 1, size),
-        ([0, 1, 2, 3, 4], 5, size),
-    ):
-        for number, path in enumerate(sorted((table / "data").iterdir())):
-            if number in lost:
-                path.unlink()
-        ended = engine("extract", recipe, "--json")
-        assert ended.code == 0, ended.stderr
-        assert ended.summary["parts_written"] == parts_again
-        assert 0 < ended.summary["bytes_read"] <= most_bytes
-        again = open_table(open_store(str(table))).read(["key", "embedding"]).sort_by("key")
-        assert again["key"].equals(calm["key"])
-        np.testing.assert_allclose(
-            embeddings_matrix(again["embedding"]), embeddings_matrix(calm["embedding"]), atol=1e-5
-        )
+    columns = ["key", "sha256", "embedding"]
+    assert engine("extract", recipe, "--json").summary["parts_written"] == 20
+    calm = open_table(open_store(str(table))).read(columns).sort_by("key")
+    for shard, lost in shards.items():
+        parts = sorted((table / "data").glob(f"*.{path16_of(shard)}.*"))
+        assert len(parts) == 5
+        for number in lost:
+            parts[number].unlink()
+
+    ended = engine("extract", recipe, "--json")
+    assert ended.code == 0, ended.stderr
+    assert (ended.summary["parts_written"], ended.summary["shards_skipped"]) == (8, 1)
+    size = source.info("all.tar").size
+    # The tail is read from part 3 on, the middle shard to the end of part 1 at most, one shard whole.
+    assert size < ended.summary["bytes_read"] < size * (1 + 0.5 + 0.6)
+    again = open_table(open_store(str(table))).read(columns).sort_by("key")
+    assert again.drop_columns(["embedding"]).equals(calm.drop_columns(["embedding"]))
+    np.testing.assert_allclose(
+        embeddings_matrix(again["embedding"]), embeddings_matrix(calm["embedding"]), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,50 +156,31 @@ def small_table(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_shards_whose_names_would_collide_and_an_empty_one_all_come_through(
+def test_a_damaged_shard_keeps_its_good_parts_and_a_replaced_one_leaves_one_version(
     engine: Engine, tmp_path: Path
 ) -> None:
     source = open_store(str(tmp_path / "shards"))
-    for number, path in enumerate(["a/b__c.tar", "a__b/c.tar", "_x.tar", "x.tar", "a/b/c.tar"]):
-        source.write(path, shard_bytes(number * 3, 3))
-    source.write("empty.tar", tar_bytes([]))
-    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
-    ended = engine("extract", recipe, "--json")
-    assert (ended.code, ended.summary["rows"], ended.summary["parts_written"]) == (0, 15, 6)
-    assert engine("extract", recipe, "--json").summary["shards_skipped"] == 6
-    assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in range(15))
-
-
-def test_a_replaced_shard_leaves_one_version(engine: Engine, tmp_path: Path) -> None:
-    source = open_store(str(tmp_path / "shards"))
-    source.write("a.tar", shard_bytes(0, 130))
-    source.write("b.tar", shard_bytes(500, 3))
-    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
-    assert engine("extract", recipe).code == 0
-    source.write("a.tar", shard_bytes(1000, 70))
-    ended = engine("extract", recipe, "--json")
-    assert ended.code == 0, ended.stderr
-    assert (ended.summary["shards_skipped"], ended.summary["rows"]) == (1, 70)
-    wanted = [*range(1000, 1070), *range(500, 503)]
-    assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in wanted)
-    assert len(list(list_parts(open_store(str(tmp_path / "table"))))) == 3
-
-
-def test_a_damaged_shard_keeps_its_good_parts_and_fails_the_run(engine: Engine, tmp_path: Path) -> None:
-    source = open_store(str(tmp_path / "shards"))
     whole = shard_bytes(0, 150)
-    source.write("a.tar", whole[: len(whole) * 2 // 3])
-    source.write("b.tar", shard_bytes(500, 3))
-    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
+    source.write("damaged.tar", whole[: len(whole) * 2 // 3])
+    source.write("changing.tar", shard_bytes(500, 130))
+    source.write("steady.tar", shard_bytes(700, 3))
+    table = open_store(str(tmp_path / "table"))
+    recipe = extract_recipe(tmp_path, source.uri, table.uri)
     ended = engine("extract", recipe, "--json")
     assert ended.code == 1
-    assert (ended.summary["shards_failed"], ended.summary["parts_written"]) == (1, 2)
-    assert "a.tar" in ended.stderr and "limits.max_failed_shards" in ended.stderr
+    assert (ended.summary["shards_failed"], ended.summary["parts_written"]) == (1, 1 + 3 + 1)
+    assert "damaged.tar" in ended.stderr and "limits.max_failed_shards" in ended.stderr
     tolerant = engine("extract", recipe, "--json", "--set", "limits.max_failed_shards=1")  # tries it again
     assert (tolerant.code, tolerant.summary["shards_failed"], tolerant.summary["parts_written"]) == (0, 1, 0)
-    source.write("a.tar", whole)
-    assert engine("extract", recipe, "--json").code == 0
-    assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in [*range(150), 500, 501, 502])
+
+    source.write("damaged.tar", whole)
+    source.write("changing.tar", shard_bytes(1000, 70))
+    ended = engine("extract", recipe, "--json")
+    assert ended.code == 0, ended.stderr
+    assert (ended.summary["shards_skipped"], ended.summary["rows"]) == (1, 150 + 70)
+    wanted = [*range(150), *range(1000, 1070), *range(700, 703)]
+    assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in wanted)
+    assert len(list(list_parts(table))) == 3 + 2 + 1
 
 
 def test_plan_says_what_would_be_done_and_touches_nothing(engine: Engine, tmp_path: Path) -> None:
