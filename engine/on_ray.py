@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
@@ -79,7 +78,9 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
         if address:
             ray.init(address=address, **common)
         else:
-            ray.init(num_cpus=max(1, math.ceil(local_cpus)), include_dashboard=False, **common)
+            # "local": without it Ray joins a cluster that `ray start` made here, whatever the recipe says.
+            cpus = max(1, math.ceil(local_cpus))
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
         raise _unreachable(address, " ".join(str(error).split())[:500]) from None
     finally:
@@ -391,7 +392,7 @@ def run_training(
     Args:
         function: the whole training; runs in a worker process with its own TensorFlow. Picklable. What it reports
             (dicts of numbers) reaches `on_report` here.
-        on_report: called in this thread, in order; all reports come before the answer.
+        on_report: called in order, from another thread; all reports come before the answer.
 
     Raises:
         EngineError: as the function raised it.
@@ -402,6 +403,10 @@ def run_training(
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.util.queue import Queue
+
+    class Trainer(DataParallelTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's would end this process with exit code 0 or 1 at Ctrl-C; Python's own raises here."""
 
     reports = Queue(actor_options={"num_cpus": 0})  # ray.train.report would want a checkpoint with each
 
@@ -416,38 +421,36 @@ def run_training(
             on_report(report)
 
     resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
-    with tempfile.TemporaryDirectory(prefix="engine-train-") as scratch:
-        trainer: Any = DataParallelTrainer(
+    with tempfile.TemporaryDirectory(prefix="engine-train-") as scratch, _ray_errors_translated():
+        trainer: Any = Trainer(
             loop,
             scaling_config=ScalingConfig(num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(storage_path=scratch, name=f"fit-{int(time.time())}"),
         )
-        with _ray_errors_translated():
-            answer, failure = _beside_signals(lambda: trainer.fit().return_value, meanwhile=hand_on_reports)
+        with _again_and_again(hand_on_reports):
+            answer, failure = trainer.fit().return_value
+        hand_on_reports()
     if failure is not None:
         raise pickle.loads(failure)
     result: dict[str, Any] = answer
     return result
 
 
-def _beside_signals(function: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
-    """Run a function in a thread of its own; until it ends, and once more then, call `meanwhile` in this one.
-
-    In the main thread Ray Train 2.60 puts a handler on SIGINT that ends the process with exit code 0; from another
-    thread it cannot, and Ctrl-C reaches the one who waits here.
-    """
-    outcome: Future[Any] = Future()
+@contextlib.contextmanager
+def _again_and_again(function: Callable[[], None]) -> Iterator[None]:
+    """Call a function every 0.1 s in a thread, which ends before this does: Ray kills a process that uses it after
+    `ray.shutdown` (exit code 1, not a word)."""
+    over = threading.Event()
 
     def run() -> None:
-        try:
-            outcome.set_result(function())
-        except Exception as error:  # noqa: BLE001  handed to the thread that waits
-            outcome.set_exception(error)
+        with contextlib.suppress(RayError):
+            while not over.wait(0.1):
+                function()
 
-    threading.Thread(target=run, daemon=True).start()
-    while not outcome.done():
-        time.sleep(0.1)
-        meanwhile()
-    answer = outcome.result()
-    meanwhile()
-    return answer
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -5,13 +5,12 @@ Only values; the blocks of one room (source, backbone, runtime, head ...) stand 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from engine.config import Config
-
-Uri = Annotated[str, Field(min_length=1, description="s3://bucket/prefix, file:///folder or a plain path.")]
+from engine.storage import Uri
 
 
 class EmbeddingOutput(Config):

@@ -63,7 +63,6 @@ def run(recipe: ExtractRecipe) -> Outcome:
     from engine.plan import read_tasks, size_up
 
     started, run_id = time.monotonic(), new_run_id("extract")
-    recipe = _located(recipe)
     source, table, found, pending = _look(recipe)
     _announce(recipe, pending)
     totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
@@ -115,7 +114,6 @@ def plan(recipe: ExtractRecipe) -> dict[str, Any]:
     from engine.on_ray import machines_here
     from engine.plan import read_tasks, size_up
 
-    recipe = _located(recipe)
     _, table, record, pending = _look(recipe)
     _announce(recipe, pending)
     sizing = size_up(recipe.compute, machines_here())
@@ -139,25 +137,6 @@ def plan(recipe: ExtractRecipe) -> dict[str, Any]:
         "decode_threads": sizing.decode_threads,
         "runs_on": recipe.compute.address or "the cluster of RAY_ADDRESS if that is set, else a local Ray",
     }
-
-
-def _located(recipe: ExtractRecipe) -> ExtractRecipe:
-    """The recipe with every location spelled in full: workers run in other folders than the driver."""
-    from engine.storage import open_store
-
-    def full(uri: str) -> str:
-        return open_store(uri, recipe.storage).uri
-
-    backbone = recipe.backbone
-    if backbone.weights not in ("imagenet", "random", "package"):
-        backbone = backbone.model_copy(update={"weights": full(backbone.weights)})
-    return recipe.model_copy(
-        update={
-            "source": recipe.source.model_copy(update={"uri": full(recipe.source.uri)}),
-            "output": recipe.output.model_copy(update={"uri": full(recipe.output.uri)}),
-            "backbone": backbone,
-        }
-    )
 
 
 def _look(recipe: ExtractRecipe) -> tuple[Store, Store, Record | None, PendingShards]:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import Config
 from engine.errors import LabelError
-from engine.recipes import Uri
-from engine.storage import StorageConfig
+from engine.storage import StorageConfig, Uri
 from engine.training.kinds import FitOutput, FitSettings
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
@@ -47,7 +46,7 @@ def run(recipe: FitRecipe) -> Outcome:
     from engine.on_ray import joins_cluster, machines_of_cluster, ray_session, run_training
 
     run_id = new_run_id("fit")
-    recipe, table, columns = _look(recipe)
+    table, columns = _look(recipe)
     say(f"fit: {len(table.parts):,} parts of {recipe.embeddings.uri}")
     if table.incomplete_shards:
         say(
@@ -108,7 +107,7 @@ def _warnings_of(logger_name: str) -> Iterator[list[str]]:
 
 def plan(recipe: FitRecipe) -> dict[str, Any]:
     """What `run` would do, from validation, listings and one footer; touches nothing."""
-    recipe, table, _ = _look(recipe)
+    table, _ = _look(recipe)
     return {
         "verb": "fit",
         "embeddings": recipe.embeddings.uri,
@@ -124,12 +123,11 @@ def plan(recipe: FitRecipe) -> dict[str, Any]:
     }
 
 
-def _look(recipe: FitRecipe) -> tuple[FitRecipe, Table, list[str]]:
-    """The located recipe, the table, and the columns to read; refuses what is known to be wrong before Ray starts."""
+def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
+    """The table, and the columns to read; refuses what is known to be wrong before Ray starts."""
     from engine.storage import open_store
     from engine.tables import open_table
 
-    recipe = _located(recipe)
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     next(
         iter(open_store(recipe.output.uri, recipe.storage).list()), None
@@ -147,7 +145,7 @@ def _look(recipe: FitRecipe) -> tuple[FitRecipe, Table, list[str]]:
             found=", ".join(there),
             way_out="correct labels.label or split.column, or name a label file in labels.uri",
         )
-    return recipe, table, list(dict.fromkeys(columns))
+    return table, list(dict.fromkeys(columns))
 
 
 def _gpus_wanted(recipe: FitRecipe, largest_node_gpus: float) -> float:
@@ -155,25 +153,6 @@ def _gpus_wanted(recipe: FitRecipe, largest_node_gpus: float) -> float:
     if not largest_node_gpus or recipe.strategy.kind == "one_device":
         return min(1.0, largest_node_gpus)
     return min(float(recipe.strategy.devices_per_worker or largest_node_gpus), largest_node_gpus)
-
-
-def _located(recipe: FitRecipe) -> FitRecipe:
-    """The recipe with every location spelled in full: the worker runs in another folder."""
-    from engine.storage import open_store
-
-    def full(uri: str) -> str:
-        return open_store(uri, recipe.storage).uri
-
-    labels = recipe.labels
-    if labels.uri is not None:
-        labels = labels.model_copy(update={"uri": full(labels.uri)})
-    return recipe.model_copy(
-        update={
-            "embeddings": EmbeddingInput(uri=full(recipe.embeddings.uri)),
-            "labels": labels,
-            "output": FitOutput(uri=full(recipe.output.uri)),
-        }
-    )
 
 
 if __name__ == "__main__":

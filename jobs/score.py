@@ -16,8 +16,7 @@ from pydantic import Field, field_validator
 
 from engine import __version__
 from engine.config import Config
-from engine.recipes import Uri
-from engine.storage import StorageConfig
+from engine.storage import StorageConfig, Uri
 from jobs.fit import EmbeddingInput
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
 

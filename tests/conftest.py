@@ -44,6 +44,11 @@ def _set_environment() -> None:
 _set_environment()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The flows first: they take two thirds of the time, so that two processes end at about the same moment."""
+    items.sort(key=lambda item: "flows" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder that holds engine/, jobs/ and tests/."""

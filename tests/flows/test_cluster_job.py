@@ -14,29 +14,36 @@ import pytest
 from engine.storage import open_store
 from engine.tables import open_table
 from tests.flows.archives import extract_recipe, write_shards
+from tests.flows.conftest import Engine
 
 if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
     from ray.job_submission import JobSubmissionClient
 
 SUBMIT_TIMEOUT_S = 240
 
 
 @pytest.fixture
-def cluster_dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Address of the Jobs API of a cluster: a head without CPUs and two workers with two each."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A running cluster: a head without CPUs and two workers with two each."""
     from ray.cluster_utils import Cluster
 
     # `python` of the submitted command is this one, as it is the image's own in a container.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0},
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+            "dashboard_agent_listen_port": 0,  # the default may be another Ray's on this machine
+        },
     )
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
-        yield f"http://{cluster.head_node.webui_url}"
+        yield cluster
     finally:
         cluster.shutdown()
 
@@ -52,8 +59,8 @@ def submit(client: JobSubmissionClient, entrypoint: str, repository: Path, deadl
             time.sleep(1)
 
 
-def test_extract_runs_as_a_submitted_job_on_three_nodes(
-    cluster_dashboard: str, repository: Path, tmp_path: Path
+def test_extract_runs_on_three_nodes_as_a_submitted_job_and_from_the_command_line(
+    cluster: Cluster, engine_process: Engine, repository: Path, tmp_path: Path
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient  # slow: only when it runs
 
@@ -61,7 +68,7 @@ def test_extract_runs_as_a_submitted_job_on_three_nodes(
     recipe = extract_recipe(
         tmp_path, str(tmp_path / "shards"), str(tmp_path / "table"), "compute: {actors: 2}"
     )
-    client = JobSubmissionClient(cluster_dashboard)
+    client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
     deadline = time.monotonic() + SUBMIT_TIMEOUT_S
     job = submit(client, f"python jobs/extract.py {recipe} --json", repository, deadline)
     while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
@@ -72,3 +79,10 @@ def test_extract_runs_as_a_submitted_job_on_three_nodes(
     table = open_table(open_store(str(tmp_path / "table")))
     assert sorted(table.read(["key"])["key"].to_pylist()) == keys
     assert table.incomplete_shards == 0
+
+    lost, *_ = (tmp_path / "table" / "data").iterdir()
+    lost.unlink()
+    ended = engine_process("extract", recipe, "--json", "--set", f"compute.address={cluster.address}")
+    assert ended.code == 0, ended.stderr
+    assert ended.summary["parts_written"] == 1
+    assert lost.exists()

@@ -73,14 +73,14 @@ def test_extract_fit_score_and_read_back(
     extracted = engine_process("extract", recipes.extract, "--json")
     assert extracted.code == 0, extracted.stderr
     assert (extracted.summary["rows"], extracted.summary["shards_done"]) == (SHARDS * IMAGES, SHARDS)
-    fitted = engine_process("fit", recipes.fit, "--json")
+    fitted = engine_process(recipes.fit, "--json", script="jobs/fit.py")
     assert fitted.code == 0, fitted.stderr
     assert (fitted.summary["rows"], fitted.summary["classes"]) == (SHARDS * IMAGES, 2)
     assert set(fitted.summary["metrics"]["test"]) == {"accuracy", "top_3_accuracy", "loss"}
     scored = engine_process("score", recipes.score, "--json")
     assert scored.code == 0, scored.stderr
     assert scored.summary["rows"] == sum(scored.summary["label_counts"].values()) == SHARDS * IMAGES
-    again = engine_process("score", recipes.score, "--json")
+    again = engine_process(recipes.score, "--json", script="jobs/score.py")
     assert (again.code, again.summary["rows"]) == (0, 0)
 
     embeddings = download(recipes.root, "embeddings", s3_config, tmp_path)

@@ -13,8 +13,8 @@ import pytest
 # A module may import engine modules of lower floors, and of its own room. One floor is one tuple.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "schema", "config"),
-    ("parts", "recipes", "storage"),
-    ("tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
+    ("parts", "storage"),
+    ("recipes", "tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
     ("embedder", "training", "predictor"),
     ("extraction", "scoring"),
     ("accounting", "plan"),
