@@ -30,7 +30,7 @@ from engine.recipes import Limits
 from engine.runtimes.kinds import RuntimeConfig
 from engine.schema import EmbeddingDtype, RejectReason, RejectStage, embeddings_schema, rejects_schema
 from engine.shards.base import Resume, Sample, ShardReader
-from engine.shards.kinds import SourceConfig, metadata_columns, open_reader
+from engine.shards.kinds import SourceConfig, open_reader
 from engine.storage import ObjectInfo, StorageConfig, Store, open_store
 from engine.tables import EmbeddingPartFacts, read_embedding_facts, write_embedding_part
 
@@ -396,7 +396,7 @@ class _PartBuilder:
             [image.sha256 if image else b"" for image in decoded],
             *(
                 [sample.metadata[i] for sample in samples]
-                for i in range(len(metadata_columns(self._job.source)))
+                for i in range(len(self._job.source.metadata_columns()))
             ),
         ]
         return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
@@ -433,7 +433,7 @@ def _reject_of(sample: Sample, decoded: _Decoded | None, digest: bytes | None) -
 
 
 def _samples_schema(job: ExtractJob) -> pa.Schema:
-    schema = embeddings_schema(job.width, job.dtype, metadata_columns(job.source))
+    schema = embeddings_schema(job.width, job.dtype, job.source.metadata_columns())
     return schema.remove(schema.get_field_index("embedding"))
 
 
@@ -558,7 +558,7 @@ def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
 def _data_table(job: ExtractJob, part: Part) -> pa.Table:
     """Samples and embeddings side by side, columns in the order of the schema."""
     assert part.array is not None and part.samples is not None
-    schema = embeddings_schema(job.width, job.dtype, metadata_columns(job.source))
+    schema = embeddings_schema(job.width, job.dtype, job.source.metadata_columns())
     numbers = pa.array(np.ascontiguousarray(part.array).reshape(-1))
     embedding = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type)
     columns = {**{name: part.samples[name] for name in part.samples.column_names}, "embedding": embedding}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from engine.errors import ObjectNotFound
+
 if TYPE_CHECKING:
     from engine.schema import RejectReason  # imports pyarrow, which a recipe check does not wait for
     from engine.storage import ObjectInfo, Store
@@ -63,6 +65,13 @@ class ShardReader(ABC):
     @abstractmethod
     def list_shards(self, store: Store) -> Iterator[ObjectInfo]:
         """The shards that the recipe's pattern names, in the order of the listing."""
+
+    def identity_now(self, store: Store, path: str) -> str | None:
+        """The identity that a shard has at this moment; None where it is gone."""
+        try:
+            return store.info(path).identity
+        except ObjectNotFound:
+            return None
 
     @abstractmethod
     def read(

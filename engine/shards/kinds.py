@@ -6,7 +6,7 @@ tests/contracts/test_shard_contract.py; what it must keep to stands in `base.py`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,13 +19,25 @@ if TYPE_CHECKING:
     from engine.shards.base import ShardReader
 
 
-class WebDatasetSource(Config):
-    """Tar archives (plain, or gzipped with a name ending in .tar.gz or .tgz) whose members are grouped by key."""
+class ShardSource(Config):
+    """What every kind's recipe says besides what a record holds."""
+
+    uri: Uri
+    """Folder of the shards: s3://bucket/prefix, file:///folder or a plain path."""
+    pattern: str = Field("*", min_length=1)
+    """Which objects are shards. Without a slash it is for file names at any depth; with one for whole paths below
+    `uri`, where `**` stands for any number of folders."""
+
+    def contract(self) -> dict[str, Any]:
+        """The fields that change what a part contains."""
+        return self.model_dump(mode="json", exclude={"pattern"})
+
+
+class WebDatasetSource(ShardSource):
+    """Tar archives (plain, or compressed: .tar.gz, .tgz, .tar.zst) whose members are grouped by key."""
 
     kind: Literal["webdataset"] = "webdataset"
     """The kind of source: `webdataset`."""
-    uri: Uri
-    """Folder of the shards: s3://bucket/prefix, file:///folder or a plain path."""
     pattern: str = Field("*.tar", min_length=1)
     """Which objects are shards. Without a slash it is for file names at any depth; with one for whole paths below
     `uri`, where `**` stands for any number of folders."""
@@ -55,10 +67,7 @@ class WebDatasetSource(Config):
     @field_validator("metadata")
     @classmethod
     def _are_columns(cls, metadata: tuple[str, ...]) -> tuple[str, ...]:
-        columns = tuple(parse_field(notation).column.lower() for notation in metadata)  # DuckDB ignores case
-        if taken := sorted(TABLE_COLUMNS.intersection(columns)):
-            raise ValueError(f"the table has a column {taken[0]!r} of its own")
-        _each_once(columns, "column")
+        _check_columns(tuple(parse_field(notation).column for notation in metadata))
         return metadata
 
     @model_validator(mode="after")
@@ -68,18 +77,63 @@ class WebDatasetSource(Config):
                 raise ValueError(f"{notation!r} is wanted as text, but `image` lists that extension too")
         return self
 
-    def contract(self) -> dict[str, Any]:
-        """The fields that change what a part contains."""
-        return self.model_dump(mode="json", exclude={"pattern"})
+    def metadata_columns(self) -> tuple[str, ...]:
+        """Names of the extra string columns, in the order of `Sample.metadata`; unique, and none of the table's own."""
+        return tuple(parse_field(notation).column for notation in self.metadata)
 
 
-# A second kind makes this a union with Field(discriminator="kind"); pydantic wants no discriminator for one.
-SourceConfig = WebDatasetSource
+class ColumnsSource(ShardSource):
+    """What the kinds whose records are rows of named fields have in common."""
+
+    label: str | None = Field(None, min_length=1)
+    """Field that holds the label: text, a number or a boolean; null: no labels. An empty or missing one is a null
+    label."""
+    key: str | None = Field(None, min_length=1)
+    """Field that holds the sample's key (text or a number); null: its position in the shard, as 9 digits."""
+    metadata: tuple[str, ...] = ()
+    """More fields to carry along; each becomes a string column named after its last step: `camera.model` becomes
+    `model`."""
+
+    @field_validator("metadata")
+    @classmethod
+    def _are_columns(cls, metadata: tuple[str, ...]) -> tuple[str, ...]:
+        _check_columns(tuple(_last_step(name) for name in metadata))
+        return metadata
+
+    def metadata_columns(self) -> tuple[str, ...]:
+        """Names of the extra string columns, in the order of `Sample.metadata`; unique, and none of the table's own."""
+        return tuple(_last_step(name) for name in self.metadata)
 
 
-def metadata_columns(config: SourceConfig) -> tuple[str, ...]:
-    """The names of the extra string columns, in the order of `Sample.metadata`; unique, and none of the table's own."""
-    return tuple(parse_field(notation).column for notation in config.metadata)
+class ParquetSource(ColumnsSource):
+    """Parquet files with a column of encoded images, read row group by row group."""
+
+    kind: Literal["parquet"] = "parquet"
+    """The kind of source: `parquet`."""
+    pattern: str = Field("*.parquet", min_length=1)
+    """Which objects are shards. Without a slash it is for file names at any depth; with one for whole paths below
+    `uri`, where `**` stands for any number of folders."""
+    image: str = Field("image", min_length=1)
+    """Column of encoded images (binary). A step into a struct is written with a dot: `image.bytes`; a struct that
+    has a field `bytes` may be named alone. So may `label`, `key` and `metadata` step into structs."""
+
+
+class TFRecordSource(ColumnsSource):
+    """TFRecord files of tf.train.Example (plain or .gz), or a prepared folder of TensorFlow Datasets (with `split`)."""
+
+    kind: Literal["tfrecord"] = "tfrecord"
+    """The kind of source: `tfrecord`."""
+    pattern: str = Field("*.tfrecord*", min_length=1)
+    """Which objects are shards. Without a slash it is for file names at any depth; with one for whole paths below
+    `uri`, where `**` stands for any number of folders."""
+    image: str | None = Field(None, min_length=1)
+    """Feature that holds the encoded image; null: `image/encoded`, or the image of a prepared dataset."""
+    split: str | None = Field(None, min_length=1)
+    """Of a prepared dataset, whose folder (the one with dataset_info.json) `uri` then names: a split or a slice of
+    one: `train`, `train[:80%]`, `train[1000:]`, `test[25%:75%]`. Its class names become the labels."""
+
+
+SourceConfig = Annotated[WebDatasetSource | ParquetSource | TFRecordSource, Field(discriminator="kind")]
 
 
 def open_reader(config: SourceConfig, max_sample_bytes: int) -> ShardReader:
@@ -89,9 +143,33 @@ def open_reader(config: SourceConfig, max_sample_bytes: int) -> ShardReader:
         config: of the source.
         max_sample_bytes: a larger image is not read; its record is a `sample_too_large` reject.
     """
+    if isinstance(config, ParquetSource):
+        from engine.shards.parquet import ParquetReader
+
+        return ParquetReader(config, max_sample_bytes)
+    if isinstance(config, TFRecordSource):
+        from engine.shards.tfrecord import TFRecordReader
+
+        return TFRecordReader(config, max_sample_bytes)
     from engine.shards.webdataset import WebDatasetReader
 
     return WebDatasetReader(config, max_sample_bytes)
+
+
+def _check_columns(columns: tuple[str, ...]) -> None:
+    lowered = tuple(column.lower() for column in columns)  # DuckDB ignores case
+    if taken := sorted(TABLE_COLUMNS.intersection(lowered)):
+        raise ValueError(f"the table has a column {taken[0]!r} of its own")
+    _each_once(lowered, "column")
+
+
+def _last_step(name: str) -> str:
+    step = name.rpartition(".")[2].rpartition("/")[
+        2
+    ]  # structs step with a dot, features of Examples with a slash
+    if not step:
+        raise ValueError(f"{name!r} is not the name of a field")
+    return step
 
 
 def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:

@@ -218,7 +218,7 @@ class TarStream:
         try:
             data = self._source.read(count)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # cut, broken, and wrong header or checksum
-            raise self._damage(self._position, f"broken gzip data: {error}") from None
+            raise self._damage(self._position, f"broken compressed data: {error}") from None
         self._position += len(data)
         return data
 

@@ -14,8 +14,8 @@ The rules:
   name are never read. Where the image and the label are both bad, the image is the reason.
 - A record's offsets run from its first header block to that of the next record, or to the end-of-archive marker.
 
-Gzipped archives (.tar.gz, .tgz) are read from the start each time; their checksum stands at the very end, so samples
-before a damage that only it shows were already given.
+Compressed archives (.tar.gz, .tgz, .tar.zst) are read from the start each time; gzip's checksum stands at the very end,
+so samples before a damage that only it shows were already given. zstd windows above 128 MiB are refused.
 Source: the grouping rule of github.com/webdataset/webdataset, wds.tariterators.group_by_keys.
 """
 
@@ -25,7 +25,9 @@ import contextlib
 import gzip
 import re
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, cast, final
+from typing import Any, BinaryIO, cast, final
+
+import pyarrow as pa
 
 from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample, ShardReader, objects_matching
@@ -66,12 +68,13 @@ class WebDatasetReader(ShardReader):
     def read(
         self, store: Store, shard: ObjectInfo, resume: Resume, on_bytes: Callable[[int], None] | None = None
     ) -> Iterator[Sample]:
-        is_compressed = shard.path.lower().endswith((".tar.gz", ".tgz"))
+        opened = next((open_ for end, open_ in _COMPRESSED.items() if shard.path.lower().endswith(end)), None)
+        is_compressed = opened is not None
         if is_compressed and resume.offset is not None:
             raise ValueError(f"{shard.path} is compressed and cannot be entered at byte {resume.offset}")
         reported = 0
         with contextlib.closing(store.open_input(shard, resume.offset or 0)) as source:
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=source) if is_compressed else source)
+            stream = opened(source) if opened else cast(BinaryIO, source)
             tar = TarStream(stream, resume.offset or 0, f"{store.uri}/{shard.path}")
             try:
                 for sample in self._samples(tar, resume, has_offsets=not is_compressed):
@@ -164,6 +167,27 @@ class _Record:
             return label_of(field, self._texts.get(field.extension)), None
         except BadText as error:
             return None, (RejectReason.BAD_LABEL, f"label member .{field.extension}: {error}")
+
+
+class _Zstd:
+    """The `read` of a zstd file, with errors as gzip has them."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._stream = pa.CompressedInputStream(pa.PythonFile(source, "r"), "zstd")
+
+    def read(self, size: int) -> bytes:
+        try:
+            data: bytes = self._stream.read(size)
+        except OSError as error:  # of Arrow; a store's errors are not OSErrors, and pass
+            raise EOFError(str(error)) from None
+        return data
+
+
+_COMPRESSED: dict[str, Callable[[Any], BinaryIO]] = {
+    ".tar.gz": lambda source: cast(BinaryIO, gzip.GzipFile(fileobj=source)),
+    ".tgz": lambda source: cast(BinaryIO, gzip.GzipFile(fileobj=source)),
+    ".tar.zst": lambda source: cast(BinaryIO, _Zstd(source)),
+}
 
 
 def _key_and_extension(member: TarMember) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ from engine.config import check_recipe
 from engine.errors import RecipeError, ShardDamaged
 from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample, path_matches
-from engine.shards.kinds import WebDatasetSource, metadata_columns, open_reader
+from engine.shards.kinds import WebDatasetSource, open_reader
 from engine.storage import ObjectInfo, Store, open_store
 from tests.shards.archives import END_BYTES, member, put, tar_bytes
 
@@ -264,7 +264,7 @@ def test_metadata_keeps_what_is_there_and_is_null_only_where_nothing_is(store: S
     assert b.metadata == ("", *['{"camera": \\xe9'] * 5)
     assert c.metadata == (None,) * 6
     assert {s.problem for s in (a, b, c)} == {None}
-    assert metadata_columns(WebDatasetSource(uri="/x", metadata=fields)) == (
+    assert WebDatasetSource(uri="/x", metadata=fields).metadata_columns() == (
         "txt",
         "model",
         "iso",
@@ -474,7 +474,7 @@ def test_zeros_behind_the_end_marker_are_padding(store: Store, padding_bytes: in
 def test_every_break_of_gzip_is_damage(store: Store, change: Any, keys: list[str]) -> None:
     read_keys, damage = read_until_damage(store, change(gzip.compress(_three(), mtime=0)), "a.tgz")
     assert read_keys == keys
-    assert (damage.found or "").startswith("broken gzip data: ")
+    assert (damage.found or "").startswith("broken compressed data: ")
 
 
 def test_gzip_in_several_pieces_is_one_archive(store: Store) -> None:
