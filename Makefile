@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lock clean
+.PHONY: help demo test chaos lint format lock clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -16,6 +16,9 @@ demo: .venv/.installed  ## the whole cycle on bundled real images
 # Two processes; a file stays in one of them, with its Ray.
 test: .venv/.installed  ## the test suite; `make test PYTEST="-n 0 -k storage"` passes options on
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+chaos: .venv/.installed  ## twenty rounds of killing things during an extraction; `make chaos ROUNDS=5` for fewer (a minute each)
+	ENGINE_CHAOS_ROUNDS=$(or $(ROUNDS),20) .venv/bin/python -m pytest tests/faults -rP -v
 
 lint: .venv/.installed  ## ruff (rules and layout) and mypy (types)
 	.venv/bin/ruff check .

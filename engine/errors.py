@@ -102,6 +102,10 @@ class TableDamaged(EngineError):
     """A table that is not whole: a missing, unreadable or inconsistent part."""
 
 
+class PruneRefused(EngineError):
+    """More shards are gone from the source than may be pruned unasked."""
+
+
 class ShardsFailed(EngineError):
     """More shards could not be read to their end than the recipe allows."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 SLUG_MAX_CHARS = 80
@@ -102,7 +102,7 @@ class Progress:
     @property
     def is_complete(self) -> bool:
         """Parts 0..n exist and n is `.last`."""
-        return self.last is not None and self.missing_below(self.last + 1) == ()
+        return self.last is not None and sum(number <= self.last for number in self.numbers) == self.last + 1
 
     @property
     def first_missing(self) -> int:
@@ -112,10 +112,9 @@ class Progress:
         existing = set(self.numbers)
         return next(number for number in range(len(self.numbers) + 1) if number not in existing)
 
-    def missing_below(self, end: int) -> tuple[int, ...]:
-        """Part numbers in 0..end-1 that do not exist."""
-        existing = set(self.numbers)
-        return tuple(number for number in range(end) if number not in existing)
+    def without(self, numbers: Container[int]) -> Progress:
+        """This as if some parts did not exist."""
+        return Progress(tuple(number for number in self.numbers if number not in numbers), self.last)
 
     def with_part(self, number: int, last: bool) -> Progress:
         """This and one more part."""
@@ -143,6 +142,19 @@ def progress_of(names: Iterable[PartName]) -> TableProgress:
         else:
             found[version] = Progress(tuple(sorted(set(numbers))), last)
     return table
+
+
+def progress_without(progress: TableProgress, names: Iterable[PartName]) -> TableProgress:
+    """What would exist without some parts."""
+    missing: dict[tuple[str, Version], set[int]] = {}
+    for name in names:
+        missing.setdefault((name.path16, name.source8), set()).add(name.number)
+    return {
+        path16: {
+            version: found.without(missing.get((path16, version), ())) for version, found in versions.items()
+        }
+        for path16, versions in progress.items()
+    }
 
 
 def _grouped(names: Iterable[PartName]) -> Iterator[tuple[str, Version, list[int], int | None]]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engine.errors import PruneRefused
 from engine.extraction import ShardWork
 from engine.parts import Progress, TableProgress, hash8_of, path16_of
 from engine.recipes import Compute
@@ -88,6 +89,31 @@ def read_tasks(works: Sequence[ShardWork], min_tasks: int) -> list[tuple[ShardWo
         group.append(work)
         size += work.shard.size
     return [*groups, tuple(group)] if group else groups
+
+
+MAX_PRUNED_FRACTION = 0.1
+
+
+def check_prune(pending: PendingShards, shards_in_table: int, up_to: int | None) -> None:
+    """Refuse to prune what looks like a mistake: a wrong source, a pattern that became narrower.
+
+    Args:
+        shards_in_table: whose parts are there now.
+        up_to: shards that may be pruned; None: a tenth of the table.
+
+    Raises:
+        PruneRefused: there are more.
+    """
+    removed = len(pending.removed)
+    allowed = up_to if up_to is not None else int(MAX_PRUNED_FRACTION * shards_in_table)
+    if removed > allowed:
+        raise PruneRefused(
+            f"pruning would remove {removed:,} of the table's {shards_in_table:,} shards",
+            found=f"{pending.shards_total:,} shards in the source",
+            wanted=f"at most {allowed:,} to remove"
+            + ("" if up_to is not None else f" ({MAX_PRUNED_FRACTION:.0%} of the table)"),
+            way_out=f"check source.uri and source.pattern; if it is meant: --prune-up-to {removed}",
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ RECORD_NAME = "_table.json"
 DATA_FOLDER = "data/"
 REJECTS_FOLDER = "rejects/"
 READ_THREADS = 8  # parts are small (about 5 MB): reading is bound by the store's latency
-_FOOTER_KEY = b"engine.part"
+FOOTER_KEY = b"engine.part"
 _FOOTER_READ_BYTES = 64 << 10  # what pyarrow asks for first; our footers are about 4 KiB
 
 Record = Mapping[str, Any]
@@ -227,7 +227,7 @@ def read_embedding_facts(store: Store, name: PartName) -> EmbeddingPartFacts:
     info = store.info(f"{DATA_FOLDER}{name}")
     try:
         metadata = pq.read_metadata(_PartEnd(store, info)).metadata or {}
-        return EmbeddingPartFacts(**json.loads(metadata[_FOOTER_KEY]))
+        return EmbeddingPartFacts(**json.loads(metadata[FOOTER_KEY]))
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise TableDamaged(
             f"{store.uri}/{info.path}: not a part of an embedding table",
@@ -254,7 +254,7 @@ def list_parts(store: Store, folder: str = DATA_FOLDER) -> Iterator[tuple[PartNa
     """Parts in a folder of the table, sorted by name; files that are not parts are passed over."""
     for info in store.list(folder):
         name = parse_part_name(info.path)
-        if name is not None:
+        if name is not None and "/" not in info.path.removeprefix(folder):
             yield name, info
 
 
@@ -388,6 +388,12 @@ def _errors_of(store: Store, name: PartName) -> list[str]:
     return errors
 
 
+def parts_with_rejects(store: Store) -> list[PartName]:
+    """Committed parts beside which a rejects file stands, from two listings."""
+    committed = {name for name, _ in list_parts(store)}
+    return [name for name, _ in list_parts(store, REJECTS_FOLDER) if name in committed]
+
+
 # ---------------------------------------------------------------- the sweep
 
 
@@ -434,6 +440,34 @@ def _sweep_orphaned_rejects(
                 store.delete(f"{REJECTS_FOLDER}{name}")
 
 
+def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]) -> tuple[int, list[str]]:
+    """Delete the parts of shards that the source no longer has; each is asked for once more.
+
+    Args:
+        store: rooted at the table.
+        removed: path16 of shards that a listing of the source did not have.
+        is_gone: asks the source now whether a path is gone; another run may have seen it come.
+
+    Returns:
+        Number of data parts deleted, and the paths of shards that are still there and so were kept.
+    """
+    parts: dict[str, list[PartName]] = {}
+    for name, _ in list_parts(store):
+        if name.path16 in removed:
+            parts.setdefault(name.path16, []).append(name)
+    kept, deleted = [], 0
+    for names in parts.values():
+        path = read_embedding_facts(store, names[0]).shard
+        if not is_gone(path):
+            kept.append(path)
+            continue
+        for name in names:
+            store.delete(f"{DATA_FOLDER}{name}")
+            store.delete(f"{REJECTS_FOLDER}{name}")
+        deleted += len(names)
+    return deleted, kept
+
+
 def sweep_predictions(store: Store, wanted_now: Callable[[], set[PartName]]) -> int:
     """Delete prediction parts whose embedding part was rewritten, once its successor stands beside them.
 
@@ -463,7 +497,7 @@ def _parquet_bytes(table: pa.Table, facts: PartFacts | None) -> bytes:
     """One row group; embeddings are left uncompressed (zstd saves 8 % of float32 noise and costs every reader)."""
     if facts is not None:
         footer = json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()
-        table = table.replace_schema_metadata({_FOOTER_KEY: footer})
+        table = table.replace_schema_metadata({FOOTER_KEY: footer})
     plain = [name for name in table.column_names if name != "embedding"]
     nested = {"embedding": "embedding.list.element", "top_labels": "top_labels.list.element"}
     nested["top_confidences"] = "top_confidences.list.element"

@@ -10,16 +10,21 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from types import FrameType, MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from engine.errors import EXIT_DONE, EngineError, Interrupted, RecipeError
+
+if TYPE_CHECKING:
+    from engine.storage import StorageConfig
 
 app = typer.Typer(
     name="engine",
@@ -54,9 +59,29 @@ RECIPE_CLASSES = {"extract": "ExtractRecipe", "fit": "FitRecipe", "score": "Scor
 
 
 @app.command()
-def extract(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
+def extract(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Remove the parts of shards that are gone from the source; refused above a tenth of the table.",
+        ),
+    ] = False,
+    prune_up_to: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="As --prune, with N shards as the limit instead of a tenth."),
+    ] = None,
+    replay_rejects: Annotated[
+        bool, typer.Option("--replay-rejects", help="Do again the parts that have rejects.")
+    ] = False,
+    plan: Plan = False,
+    as_json: Json = False,
+) -> None:
     """Stream image shards through a frozen backbone and write embedding parts; only what is new is done."""
-    _run_job("extract", recipe, overrides, plan, as_json)
+    options = {"prune": prune, "prune_up_to": prune_up_to, "replay_rejects": replay_rejects}
+    _run_job("extract", recipe, overrides, plan, as_json, options)
 
 
 @app.command()
@@ -69,6 +94,40 @@ def fit(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json
 def score(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
     """Label an embedding table with a bundle; writes prediction parts, only what is new."""
     _run_job("score", recipe, overrides, plan, as_json)
+
+
+@app.command()
+def verify(
+    table: Annotated[str, typer.Argument(help="URI of an embedding or prediction table.")],
+    source: Annotated[
+        bool,
+        typer.Option("--source", help="Also list the source: new, replaced and removed shards are named."),
+    ] = False,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="With --source: which objects are shards, as in the recipe; the table does not keep it."
+        ),
+    ] = None,
+    endpoint_url: Annotated[str | None, typer.Option(help="Address of an S3-compatible store.")] = None,
+    region: Annotated[str | None, typer.Option(help="Region of the bucket.")] = None,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="Send requests without keys, for public buckets.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read a whole table again and name all that is not as it should be; exit 1 on any damage.
+
+    Leftovers (nobody needs them) and unfinished work (the next job does it) are listed, and are no damage. Nothing is
+    changed. Keys for S3 come from the usual AWS environment or role.
+    """
+    from engine.config import check_recipe
+    from engine.storage import StorageConfig
+
+    options = {"endpoint_url": endpoint_url, "region": region, "anonymous": anonymous}
+    _verify(
+        table, check_recipe(StorageConfig, options, "verify"), source or pattern is not None, pattern, as_json
+    )
 
 
 @app.command()
@@ -145,24 +204,78 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _run_job(verb: str, path: Path, overrides: list[str] | None, plan: bool, as_json: bool) -> None:
+def _run_job(
+    verb: str,
+    path: Path,
+    overrides: list[str] | None,
+    plan: bool,
+    as_json: bool,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Load the recipe, run or plan the job, print its summary, leave with its exit code."""
     from engine.config import load_recipe
 
     job = importlib.import_module(f"jobs.{verb}")
     recipe = load_recipe(_recipe_class(verb), path, overrides or ())
     if plan:
-        _print_facts(job.plan(recipe), as_json)
+        _print_facts(job.plan(recipe, **options), as_json)
         return
     from jobs.outcome import print_summary
 
     with _interruptible():
-        outcome = job.run(recipe)
+        outcome = job.run(recipe, **options)
     print_summary(outcome.summary)
     if as_json:
         print(json.dumps(outcome.summary))
     if outcome.verdict is not None:
         raise outcome.verdict
+
+
+FINDINGS_SHOWN = 20  # of each group on a terminal
+FINDINGS_IN_JSON = 1000  # of each group; the counts are of all
+
+
+def _verify(
+    table: str, storage: StorageConfig, with_source: bool, pattern: str | None, as_json: bool
+) -> None:
+    """Check a table, say what was found, and fail on damage."""
+    from dataclasses import asdict
+
+    from engine.errors import TableDamaged
+    from engine.storage import open_store
+    from engine.verification import source_shards, verify_table
+    from jobs.outcome import print_summary, progress_bar, say
+
+    started, store = time.monotonic(), open_store(table, storage)
+    with _interruptible(), progress_bar("parts", 0) as (bar, task):
+
+        def report(done: int, total: int, bytes_read: int) -> None:
+            rate = bytes_read / 1e6 / max(1e-3, time.monotonic() - started)
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} MB/s")
+
+        result = verify_table(store, source_shards(store, pattern) if with_source else None, report)
+    groups = {"damage": result.damage, "leftovers": result.leftovers, "unfinished": result.unfinished}
+    for group, findings in groups.items():
+        for finding in findings[:FINDINGS_SHOWN]:
+            say(f"{group}: {finding.kind}: {finding.object}: {finding.message}")
+        if len(findings) > FINDINGS_SHOWN:
+            say(f"{group}: ... and {len(findings) - FINDINGS_SHOWN:,} more")
+    summary: dict[str, Any] = {"verb": "verify", "table": result.table, "kind": result.kind}
+    summary |= {name: getattr(result, name) for name in ("shards", "parts", "rows", "rejects", "bytes_read")}
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    summary |= {group: dict(Counter(str(f.kind) for f in findings)) for group, findings in groups.items()}
+    print_summary(summary)
+    if as_json:
+        named = {
+            group: [asdict(f) for f in findings[:FINDINGS_IN_JSON]] for group, findings in groups.items()
+        }
+        print(json.dumps({**summary, "findings": named}))
+    if result.damage:
+        raise TableDamaged(
+            f"{result.table}: the table is damaged",
+            found=f"{len(result.damage):,} findings, named above",
+            way_out="delete the damaged parts and run the job that wrote them again: it makes only what is missing",
+        )
 
 
 def _recipe_class(verb: str) -> Any:

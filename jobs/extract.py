@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engine.accounting import RunTotals
     from engine.extraction import ExtractJob, Resolved, ShardWork
     from engine.plan import Machines, PendingShards, Sizing
+    from engine.shards.base import ShardReader
     from engine.storage import Store
     from engine.tables import Record
 
@@ -49,8 +50,20 @@ class ExtractRecipe(Config):
     """What makes a reject, and how many are too many."""
 
 
-def run(recipe: ExtractRecipe) -> Outcome:
-    """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's."""
+def run(
+    recipe: ExtractRecipe,
+    *,
+    prune: bool = False,
+    prune_up_to: int | None = None,
+    replay_rejects: bool = False,
+) -> Outcome:
+    """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's.
+
+    Args:
+        prune: remove the parts of shards that are no longer in the source; refused above a tenth of the table.
+        prune_up_to: prune, and allow this many shards instead of a tenth.
+        replay_rejects: do again the parts that have rejects.
+    """
     from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
     from engine.on_ray import (
         joins_cluster,
@@ -60,11 +73,16 @@ def run(recipe: ExtractRecipe) -> Outcome:
         run_extract,
         run_resolve,
     )
-    from engine.plan import read_tasks, size_up
+    from engine.plan import check_prune, read_tasks, size_up
+    from engine.shards.kinds import open_reader
+    from engine.tables import sweep, table_progress
 
     started, run_id = time.monotonic(), new_run_id("extract")
-    source, table, found, pending = _look(recipe)
-    _announce(recipe, pending)
+    prune = prune or prune_up_to is not None
+    source, table, found, pending = _look(recipe, replay_rejects)
+    _announce(recipe, pending, prune)
+    if prune:
+        check_prune(pending, len(table_progress(table)), prune_up_to)
     totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
     totals.start(pending.works)
     groups: list[tuple[ShardWork, ...]] = []
@@ -83,9 +101,11 @@ def run(recipe: ExtractRecipe) -> Outcome:
             if groups:
                 _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
         totals.require_whole()
-    swept = _sweep(source, table, pending)
+    reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
+    swept = sweep(table, pending.path_of, lambda path: _version_now(reader, source, path))
     if swept:
         say(f"removed {swept:,} parts of replaced shards")
+    pruned = _prune(reader, source, table, pending) if prune else 0
     reasons, over_budget = reject_verdict(table, recipe.limits, record["rows_per_part"])
     seconds = time.monotonic() - started
     summary = {
@@ -97,7 +117,9 @@ def run(recipe: ExtractRecipe) -> Outcome:
         "shards_skipped": pending.shards_done,
         "shards_done": totals.shards_done,
         "shards_failed": len(totals.damage),
+        "shards_removed": len(pending.removed),
         "parts_written": totals.parts_written,
+        "parts_pruned": pruned,
         "rows": totals.rows,
         "rejects": reasons.total(),
         "rejects_by_reason": dict(reasons.most_common()),
@@ -109,13 +131,23 @@ def run(recipe: ExtractRecipe) -> Outcome:
     return Outcome(summary, failed_shards_verdict(totals.damage, recipe.limits) or over_budget)
 
 
-def plan(recipe: ExtractRecipe) -> dict[str, Any]:
+def plan(
+    recipe: ExtractRecipe,
+    *,
+    prune: bool = False,
+    prune_up_to: int | None = None,
+    replay_rejects: bool = False,
+) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing."""
     from engine.on_ray import machines_here
-    from engine.plan import read_tasks, size_up
+    from engine.plan import check_prune, read_tasks, size_up
+    from engine.tables import table_progress
 
-    _, table, record, pending = _look(recipe)
-    _announce(recipe, pending)
+    prune = prune or prune_up_to is not None
+    _, table, record, pending = _look(recipe, replay_rejects)
+    _announce(recipe, pending, prune)
+    if prune:
+        check_prune(pending, len(table_progress(table)), prune_up_to)
     sizing = size_up(recipe.compute, machines_here())
     rows_per_part = _rows_per_part(recipe, record)
     return {
@@ -139,12 +171,13 @@ def plan(recipe: ExtractRecipe) -> dict[str, Any]:
     }
 
 
-def _look(recipe: ExtractRecipe) -> tuple[Store, Store, Record | None, PendingShards]:
+def _look(recipe: ExtractRecipe, replay_rejects: bool) -> tuple[Store, Store, Record | None, PendingShards]:
     """The listings, and the table's record; refuses what is known to be wrong before anything starts."""
+    from engine.parts import progress_without
     from engine.plan import pending_shards
     from engine.shards.kinds import open_reader
     from engine.storage import open_store
-    from engine.tables import check_contract, read_record, table_progress
+    from engine.tables import check_contract, parts_with_rejects, read_record, table_progress
 
     source = open_store(recipe.source.uri, recipe.storage)
     table = open_store(recipe.output.uri, recipe.storage)
@@ -152,11 +185,14 @@ def _look(recipe: ExtractRecipe) -> tuple[Store, Store, Record | None, PendingSh
     if record is not None:
         check_contract(record, _contract_of_recipe(recipe, record), table.uri)
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
-    pending = pending_shards(reader.list_shards(source), table_progress(table))
+    progress = table_progress(table)
+    if replay_rejects:
+        progress = progress_without(progress, parts_with_rejects(table))
+    pending = pending_shards(reader.list_shards(source), progress)
     return source, table, record, pending
 
 
-def _announce(recipe: ExtractRecipe, pending: PendingShards) -> None:
+def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> None:
     if not pending.shards_total:
         raise ObjectNotFound(
             f"{recipe.source.uri}: no shards here",
@@ -170,7 +206,8 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards) -> None:
     if pending.replaced:
         say(f"{len(pending.replaced):,} shards were replaced since the table was written")
     if pending.removed:
-        say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts are kept")
+        fate = "will be removed" if prune else "are kept (--prune removes them)"
+        say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts {fate}")
 
 
 def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:
@@ -290,19 +327,27 @@ def _follow(receipts: Any, totals: RunTotals, pending: PendingShards) -> None:
             bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
 
 
-def _sweep(source: Store, table: Store, pending: PendingShards) -> int:
-    """Remove parts of versions that are superseded, asking the source again what each shard is now."""
-    from engine.errors import ObjectNotFound
+def _version_now(reader: ShardReader, source: Store, path: str) -> str | None:
+    """The version (source8) that a shard has at this moment; None where it is gone."""
     from engine.parts import hash8_of
-    from engine.tables import sweep
 
-    def version_now(path: str) -> str | None:
-        try:
-            return hash8_of(source.info(path).identity)
-        except ObjectNotFound:
-            return None
+    identity = reader.identity_now(source, path)
+    return hash8_of(identity) if identity is not None else None
 
-    return sweep(table, pending.path_of, version_now)
+
+def _prune(reader: ShardReader, source: Store, table: Store, pending: PendingShards) -> int:
+    """Remove the parts of shards that are gone; how many that were."""
+    from engine.tables import prune
+
+    removed = frozenset(pending.removed)
+    deleted, kept = prune(table, removed, lambda path: reader.identity_now(source, path) is None)
+    if deleted:
+        say(f"removed {deleted:,} parts of shards that are no longer in the source")
+    if kept:
+        say(
+            f"kept {len(kept):,} shards that the source still has although its pattern does not name them: {kept[0]}"
+        )
+    return deleted
 
 
 def _parallelism(sizing: Sizing, num_groups: int) -> dict[str, float]:

@@ -1,10 +1,13 @@
-"""What every test gets: a clean environment, and a real S3 store where it asks for one."""
+"""What every test gets: a clean environment; where it asks, a real S3 store and the `engine` command."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.commands import Ended, Engine
 from tests.stores import S3TestStore, open_test_store
 
 if TYPE_CHECKING:
@@ -45,8 +49,8 @@ _set_environment()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The flows first: they take two thirds of the time, so that two processes end at about the same moment."""
-    items.sort(key=lambda item: "flows" not in item.path.parts)
+    """Flows and faults first: they take two thirds of the time, so that two processes end at about the same moment."""
+    items.sort(key=lambda item: not {"flows", "faults"} & set(item.path.parts))
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +87,49 @@ def s3_config(s3_store: S3TestStore) -> StorageConfig:
     from engine.storage import StorageConfig
 
     return StorageConfig(endpoint_url=s3_store.endpoint_url, region=s3_store.region)
+
+
+@pytest.fixture
+def engine_process(repository: Path) -> Engine:
+    """Run `engine ...` as a user would, in a new process, or a file such as jobs/fit.py as a Ray job's entrypoint."""
+
+    def run(*arguments: object, environment: dict[str, str] | None = None, script: str = "") -> Ended:
+        ended = subprocess.run(
+            [sys.executable, *([script] if script else ["-m", "jobs.cli"]), *map(str, arguments)],
+            cwd=repository,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_ray(s3_store: S3TestStore) -> Iterator[None]:
+    """One local Ray for many flows; its workers know the keys of the test store, later tests do not."""
+    from engine.on_ray import ray_session
+
+    with contextlib.ExitStack() as opened:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3_store.environment().items():
+                patch.setenv(name, value)
+            opened.enter_context(ray_session(None, local_cpus=4))
+        yield
+
+
+@pytest.fixture
+def engine(shared_ray: None, s3_environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Engine:
+    """Run `engine ...` in this process, on the shared Ray."""
+    from jobs.cli import main
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Ended(code, printed.out, printed.err)
+
+    return run

@@ -1,8 +1,11 @@
 """Pending = inputs - outputs, read tasks of equal size, and how a run is laid out on machines."""
 
+import pytest
+
+from engine.errors import PruneRefused
 from engine.extraction import ShardWork
-from engine.parts import part_name, path16_of, progress_of
-from engine.plan import Machines, pending_shards, read_tasks, size_up
+from engine.parts import part_name, path16_of, progress_of, progress_without
+from engine.plan import Machines, check_prune, pending_shards, read_tasks, size_up
 from engine.recipes import Compute
 from engine.storage import ObjectInfo
 
@@ -33,6 +36,34 @@ def test_a_replaced_shard_is_pending_again_and_said_to_be_replaced() -> None:
     pending = pending_shards([shard("a.tar", version="v2")], progress)
     assert [work.existing.numbers for work in pending.works] == [()]
     assert pending.replaced == ("a.tar",)
+
+
+def test_parts_with_rejects_that_are_done_again_leave_the_others_alone() -> None:
+    parts = [part_name("a.tar", "v1", number, last=number == 2) for number in range(3)]
+    parts.append(part_name("b.tar", "v1", 0, True))
+    pending = pending_shards(
+        [shard("a.tar"), shard("b.tar")], progress_without(progress_of(parts), [parts[1]])
+    )
+    assert [(work.shard.path, work.existing.numbers, work.existing.last) for work in pending.works] == [
+        ("a.tar", (0, 2), 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("removed", "up_to", "refused"),
+    [(1, None, False), (2, None, True), (2, 2, False), (3, 2, True), (0, 0, False), (1, 0, True)],
+)
+def test_a_tenth_of_the_table_may_be_pruned_or_the_number_given(
+    removed: int, up_to: int | None, refused: bool
+) -> None:
+    parts = [part_name(f"{number}.tar", "v1", 0, True) for number in range(19)]
+    listed = [shard(f"{number}.tar") for number in range(removed, 19)]
+    pending = pending_shards(listed, progress_of(parts))
+    if not refused:
+        check_prune(pending, 19, up_to)
+        return
+    with pytest.raises(PruneRefused, match=f"{removed} of the table's 19 shards"):
+        check_prune(pending, 19, up_to)
 
 
 def test_small_shards_share_read_tasks_and_large_ones_do_not() -> None:

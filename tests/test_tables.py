@@ -19,6 +19,7 @@ from engine.tables import (
     count_rejects,
     list_parts,
     open_table,
+    prune,
     read_embedding_facts,
     read_part,
     read_record,
@@ -253,6 +254,14 @@ def test_the_sweep_removes_old_versions_only_once_the_present_one_is_complete(st
     assert sweep(store, paths, lambda _: hash8_of("new")) == 1
     assert set(table_progress(store)[path16_of("a.tar")]) == {hash8_of("new")}
     assert list(store.list("rejects/")) == []
+
+
+def test_pruning_asks_once_more_and_keeps_what_is_still_there(store: Store) -> None:
+    for shard in ("gone.tar", "here.tar", "listed.tar"):
+        write(store, shard, 0, last=True)
+    removed = {path16_of("gone.tar"), path16_of("here.tar")}
+    assert prune(store, removed, lambda path: path == "gone.tar") == (1, ["here.tar"])
+    assert {name.path16 for name, _ in list_parts(store)} == {path16_of("here.tar"), path16_of("listed.tar")}
 
 
 def test_predictions_of_a_rewritten_part_go_once_it_is_scored_again(store: Store) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from engine.storage import open_store
 from engine.tables import open_table
+from tests.commands import Engine
 from tests.flows.archives import extract_recipe, write_shards
-from tests.flows.conftest import Engine
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

@@ -13,8 +13,8 @@ import pytest
 from engine.parts import path16_of
 from engine.storage import open_store
 from engine.tables import embeddings_matrix, list_parts, open_table
+from tests.commands import Engine
 from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_recipe, write_shards
-from tests.flows.conftest import Engine
 from tests.shards.archives import member, tar_bytes
 
 
@@ -47,6 +47,8 @@ def test_every_sample_is_a_row_or_a_reject_and_over_the_budget_a_rerun_says_so_a
         assert (ended.summary["rows"], ended.summary["rejects"]) == (rows, 3)
         assert ended.summary["rejects_by_reason"] == {"truncated_image": 1, "no_image": 1, "empty_sample": 1}
     assert "the table has 3 rejects" in ended.stderr and "empty_sample 1" in ended.stderr
+    replayed = engine("extract", recipe, "--json", "--replay-rejects", *settings)
+    assert (replayed.code, replayed.summary["parts_written"], replayed.summary["rejects"]) == (3, 1, 3)
     table = open_table(open_store(str(tmp_path / "table")))
     assert embeddings_matrix(table.read(["embedding"])["embedding"]).dtype == np.float16
     rows = table.read(["key", "index", "label", "image_width", "shard", "id"]).to_pylist()
@@ -181,6 +183,18 @@ def test_a_damaged_shard_keeps_its_good_parts_and_a_replaced_one_leaves_one_vers
     wanted = [*range(150), *range(1000, 1070), *range(700, 703)]
     assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in wanted)
     assert len(list(list_parts(table))) == 3 + 2 + 1
+
+    source.delete("steady.tar")
+    for settings, code, said in [
+        ([], 0, "1 shards of the table are no longer in the source; their parts are kept (--prune"),
+        (["--prune"], 1, "pruning would remove 1 of the table's 3 shards"),
+        (["--prune-up-to", "1", "--set", "source.pattern=d*.tar"], 1, "remove 2 of the table's 3 shards"),
+        (["--prune-up-to", "2", "--set", "source.pattern=d*.tar"], 0, "changing.tar"),  # still there: kept
+        (["--prune"], 0, "2 done"),
+    ]:
+        ended = engine("extract", recipe, *settings)
+        assert (ended.code, said in ended.stderr) == (code, True), ended.stderr
+    assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in wanted[:-3])
 
 
 def test_plan_says_what_would_be_done_and_touches_nothing(engine: Engine, tmp_path: Path) -> None:

@@ -11,53 +11,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from engine.storage import open_store
-from engine.tables import embeddings_matrix, open_table
+from engine.tables import embeddings_matrix
+from tests.commands import START_TIMEOUT_S, Engine, rows_of, start, wait_for_parts
 from tests.flows.archives import crop_label, extract_recipe, write_recipe, write_shards
-from tests.flows.conftest import Engine
 
 SHARDS, IMAGES = 15, 1000
 PARTS = SHARDS * 16
 CALM_SHARDS = "0000[37].tar"
-START_TIMEOUT_S = 180
 # Makes the terminal on its standard input the one whose Ctrl-C it hears, and becomes the command.
 TAKE_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-
-
-def start(verb: str, repository: Path, recipe: Path) -> subprocess.Popen[str]:
-    """Start the command in a process group of its own, as a terminal or a job supervisor would."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", verb, str(recipe)],
-        cwd=repository,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_parts(table: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while len(list((table / "data").glob("*.parquet"))) < count:
-        assert process.poll() is None, f"ended by itself: {process.communicate()[0]}"
-        assert time.monotonic() < deadline, "no parts were written in time"
-        time.sleep(0.02)
-
-
-def rows_of(table: Path, columns: list[str]) -> pa.Table:
-    return (
-        open_table(open_store(str(table)))
-        .read(columns)
-        .sort_by([("shard", "ascending"), ("index", "ascending")])
-    )
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pyarrow.dataset as ds
 import pytest
 
 from engine.storage import StorageConfig, open_store
+from tests.commands import Engine
 from tests.flows.archives import write_recipe, write_shards
-from tests.flows.conftest import Engine
 from tests.stores import S3TestStore
 
 SHARDS, IMAGES = 3, 80

@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recipes", "tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
     ("embedder", "training", "predictor"),
     ("extraction", "scoring"),
-    ("accounting", "plan"),
+    ("accounting", "plan", "verification"),
     ("on_ray",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
