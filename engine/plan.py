@@ -33,6 +33,7 @@ class PendingShards:
         works: the others, in the order of their paths.
         replaced: shards whose table parts belong to another version of the object.
         removed: shards in the table that the source no longer lists (by path16; names are hashes).
+        regrouped: of those, taken out of `removed`: groups whose files are in another group now.
         bytes_total: size of all pending shards.
         path_of: path16 -> relative path of every listed shard.
     """
@@ -44,6 +45,7 @@ class PendingShards:
     removed: tuple[str, ...]
     bytes_total: int
     path_of: dict[str, str]
+    regrouped: frozenset[str] = frozenset()
 
 
 def pending_shards(shards: Iterable[ObjectInfo], progress: TableProgress) -> PendingShards:

@@ -20,10 +20,10 @@ EmbeddingDtype = Literal["float32", "float16"]
 class RejectReason(StrEnum):
     """Stable names for why a sample has no embedding. Only properties of the bytes are reasons, never time-outs."""
 
-    NO_IMAGE = "no_image"  # the record has no member with one of the recipe's image extensions
-    EMPTY_SAMPLE = "empty_sample"  # the image member has zero bytes
+    NO_IMAGE = "no_image"  # nothing in the member, column or feature that the recipe names
+    EMPTY_SAMPLE = "empty_sample"  # the image has zero bytes
     SAMPLE_TOO_LARGE = "sample_too_large"  # more encoded bytes than limits.max_sample_bytes
-    BAD_LABEL = "bad_label"  # the label member is not text or JSON, is a list or an object, or is too long
+    BAD_LABEL = "bad_label"  # not text or JSON, a list or an object, names no class, or is too long
     UNSUPPORTED_FORMAT = "unsupported_format"  # not one of the formats that images.py decodes
     TRUNCATED_IMAGE = "truncated_image"  # the encoded bytes end early
     CORRUPT_IMAGE = "corrupt_image"  # the encoded bytes break their format's rules

@@ -440,6 +440,12 @@ def _sweep_orphaned_rejects(
                 store.delete(f"{REJECTS_FOLDER}{name}")
 
 
+def shard_paths(store: Store, wanted: Collection[str]) -> dict[str, str]:
+    """Relative paths of shards that are known by path16, from the footer of one part of each."""
+    one_part = {name.path16: name for name, _ in list_parts(store) if name.path16 in wanted}
+    return {path16: read_embedding_facts(store, name).shard for path16, name in one_part.items()}
+
+
 def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]) -> tuple[int, list[str]]:
     """Delete the parts of shards that the source no longer has; each is asked for once more.
 
@@ -451,21 +457,14 @@ def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]
     Returns:
         Number of data parts deleted, and the paths of shards that are still there and so were kept.
     """
-    parts: dict[str, list[PartName]] = {}
-    for name, _ in list_parts(store):
-        if name.path16 in removed:
-            parts.setdefault(name.path16, []).append(name)
-    kept, deleted = [], 0
-    for names in parts.values():
-        path = read_embedding_facts(store, names[0]).shard
-        if not is_gone(path):
-            kept.append(path)
-            continue
-        for name in names:
-            store.delete(f"{DATA_FOLDER}{name}")
-            store.delete(f"{REJECTS_FOLDER}{name}")
-        deleted += len(names)
-    return deleted, kept
+    parts = [name for name, _ in list_parts(store) if name.path16 in removed]
+    paths = shard_paths(store, removed)
+    gone = {path16 for path16, path in paths.items() if is_gone(path)}
+    doomed = [name for name in parts if name.path16 in gone]
+    for name in doomed:
+        store.delete(f"{DATA_FOLDER}{name}")
+        store.delete(f"{REJECTS_FOLDER}{name}")
+    return len(doomed), [path for path16, path in paths.items() if path16 not in gone]
 
 
 def sweep_predictions(store: Store, wanted_now: Callable[[], set[PartName]]) -> int:

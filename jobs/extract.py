@@ -7,6 +7,7 @@ Killing it anywhere and running it again, or running it twice, gives the same ta
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 import time
@@ -25,6 +26,7 @@ from jobs.outcome import Outcome, new_run_id, progress_bar, say
 if TYPE_CHECKING:
     from engine.accounting import RunTotals
     from engine.extraction import ExtractJob, Resolved, ShardWork
+    from engine.parts import TableProgress
     from engine.plan import Machines, PendingShards, Sizing
     from engine.shards.base import ShardReader
     from engine.storage import Store
@@ -74,8 +76,7 @@ def run(
         run_resolve,
     )
     from engine.plan import check_prune, read_tasks, size_up
-    from engine.shards.kinds import open_reader
-    from engine.tables import sweep, table_progress
+    from engine.tables import table_progress
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
@@ -101,11 +102,7 @@ def run(
             if groups:
                 _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
         totals.require_whole()
-    reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
-    swept = sweep(table, pending.path_of, lambda path: _version_now(reader, source, path))
-    if swept:
-        say(f"removed {swept:,} parts of replaced shards")
-    pruned = _prune(reader, source, table, pending) if prune else 0
+    pruned = _clean_up(recipe, source, table, pending, prune)
     reasons, over_budget = reject_verdict(table, recipe.limits, record["rows_per_part"])
     seconds = time.monotonic() - started
     summary = {
@@ -189,7 +186,21 @@ def _look(recipe: ExtractRecipe, replay_rejects: bool) -> tuple[Store, Store, Re
     if replay_rejects:
         progress = progress_without(progress, parts_with_rejects(table))
     pending = pending_shards(reader.list_shards(source), progress)
+    if reader.regroups and pending.removed:
+        pending = _without_regrouped(reader, source, table, pending)
     return source, table, record, pending
+
+
+def _without_regrouped(
+    reader: ShardReader, source: Store, table: Store, pending: PendingShards
+) -> PendingShards:
+    """Tell groups whose files are in another group now from such that are gone."""
+    from engine.tables import shard_paths
+
+    paths = shard_paths(table, frozenset(pending.removed))
+    regrouped = frozenset(path16 for path16, path in paths.items() if reader.successor(source, path))
+    removed = tuple(path16 for path16 in pending.removed if path16 not in regrouped)
+    return dataclasses.replace(pending, removed=removed, regrouped=regrouped)
 
 
 def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> None:
@@ -327,6 +338,34 @@ def _follow(receipts: Any, totals: RunTotals, pending: PendingShards) -> None:
             bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
 
 
+def _clean_up(
+    recipe: ExtractRecipe, source: Store, table: Store, pending: PendingShards, with_prune: bool
+) -> int:
+    """Remove parts that are superseded, and if asked those of shards that are gone; how many of the latter."""
+    from engine.shards.kinds import open_reader
+    from engine.tables import prune, sweep, table_progress
+
+    reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
+    swept = sweep(table, pending.path_of, lambda path: _version_now(reader, source, path))
+    if pending.regrouped:
+        progress = table_progress(table)
+        taken_over, _ = prune(
+            table, pending.regrouped, lambda path: _is_taken_over(reader, source, path, progress)
+        )
+        swept += taken_over
+    if swept:
+        say(f"removed {swept:,} parts of replaced shards")
+    if not with_prune:
+        return 0
+    removed = frozenset(pending.removed)
+    pruned, kept = prune(table, removed, lambda path: reader.identity_now(source, path) is None)
+    if pruned:
+        say(f"removed {pruned:,} parts of shards that are no longer in the source")
+    if kept:
+        say(f"kept {len(kept):,} shards that the source still has but source.pattern leaves out: {kept[0]}")
+    return pruned
+
+
 def _version_now(reader: ShardReader, source: Store, path: str) -> str | None:
     """The version (source8) that a shard has at this moment; None where it is gone."""
     from engine.parts import hash8_of
@@ -335,19 +374,16 @@ def _version_now(reader: ShardReader, source: Store, path: str) -> str | None:
     return hash8_of(identity) if identity is not None else None
 
 
-def _prune(reader: ShardReader, source: Store, table: Store, pending: PendingShards) -> int:
-    """Remove the parts of shards that are gone; how many that were."""
-    from engine.tables import prune
+def _is_taken_over(reader: ShardReader, source: Store, path: str, progress: TableProgress) -> bool:
+    """Whether a group is gone and the one that has its files now is whole in the table."""
+    from engine.parts import path16_of
 
-    removed = frozenset(pending.removed)
-    deleted, kept = prune(table, removed, lambda path: reader.identity_now(source, path) is None)
-    if deleted:
-        say(f"removed {deleted:,} parts of shards that are no longer in the source")
-    if kept:
-        say(
-            f"kept {len(kept):,} shards that the source still has although its pattern does not name them: {kept[0]}"
-        )
-    return deleted
+    heir = reader.successor(source, path)
+    if heir is None or reader.identity_now(source, path) is not None:
+        return False
+    versions = progress.get(path16_of(heir), {})
+    version = _version_now(reader, source, heir)
+    return version in versions and versions[version].is_complete
 
 
 def _parallelism(sizing: Sizing, num_groups: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.commands import Ended, Engine
+from tests.proxy import FaultyProxy, open_proxy
 from tests.stores import S3TestStore, open_test_store
 
 if TYPE_CHECKING:
@@ -133,3 +134,10 @@ def engine(shared_ray: None, s3_environment: dict[str, str], capsys: pytest.Capt
         return Ended(code, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture
+def proxy(repository: Path, s3_store: S3TestStore) -> Iterator[FaultyProxy]:
+    """A proxy in front of `s3_store` that injects faults."""
+    with open_proxy(repository, s3_store) as opened:
+        yield opened

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fsspec.asyn
 import pytest
 
 from engine.errors import AccessDenied, ObjectChanged, ObjectNotFound, RecipeError, StorageError
 from engine.storage import ObjectInfo, StorageConfig, open_store
+from tests.proxy import FaultyProxy
 from tests.stores import S3TestStore, aws_environment
 
 # ---------------------------------------------------------------------------------------------------- URIs
@@ -431,42 +429,6 @@ def requests_under_way() -> int:
 
 
 # ------------------------------------------------------------------------------------- S3: injected faults
-
-
-class FaultyProxy:
-    """A proxy in front of the store that cuts, resets, refuses and loses on purpose."""
-
-    def __init__(self, endpoint_url: str) -> None:
-        self.endpoint_url = endpoint_url
-
-    def set_faults(self, match: str = ".", max_per_key: int = 3, **probabilities: float) -> None:
-        wish = {"p": probabilities, "seed": 7, "match": match, "max_per_key": max_per_key}
-        request = urllib.request.Request(
-            f"{self.endpoint_url}/-/faults", json.dumps(wish).encode(), method="PUT"
-        )
-        urllib.request.urlopen(request, timeout=10).close()
-
-    def faults(self) -> dict[str, int]:
-        with urllib.request.urlopen(f"{self.endpoint_url}/-/faults", timeout=10) as answer:
-            return dict(json.load(answer)["faults"])
-
-
-@pytest.fixture
-def proxy(repository: Path, s3_store: S3TestStore) -> Iterator[FaultyProxy]:
-    script = repository.parent / "shared/tools/faulty_proxy.py"
-    if not script.exists():
-        pytest.skip(f"no fault proxy: {script} is not here")
-    upstream = urlsplit(s3_store.endpoint_url)
-    if upstream.scheme != "http":
-        pytest.skip("the fault proxy speaks http only")
-    command = [sys.executable, str(script), "--upstream", f"{upstream.hostname}:{upstream.port or 80}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield FaultyProxy(process.stdout.readline().split()[3])
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_nothing_is_lost_or_mixed_when_one_request_in_ten_fails(proxy: FaultyProxy, s3_uri: str) -> None:

@@ -6,7 +6,7 @@ import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from engine.errors import ObjectNotFound
 
@@ -65,6 +65,13 @@ class ShardReader(ABC):
     @abstractmethod
     def list_shards(self, store: Store) -> Iterator[ObjectInfo]:
         """The shards that the recipe's pattern names, in the order of the listing."""
+
+    regroups: ClassVar[bool] = False
+    """Whether a shard is a group whose borders move when files come and go (see `successor`)."""
+
+    def successor(self, store: Store, path: str) -> str | None:
+        """The shard that now has the records of one that is no longer listed; None where it simply is gone."""
+        return None
 
     def identity_now(self, store: Store, path: str) -> str | None:
         """The identity that a shard has at this moment; None where it is gone."""

@@ -133,7 +133,36 @@ class TFRecordSource(ColumnsSource):
     one: `train`, `train[:80%]`, `train[1000:]`, `test[25%:75%]`. Its class names become the labels."""
 
 
-SourceConfig = Annotated[WebDatasetSource | ParquetSource | TFRecordSource, Field(discriminator="kind")]
+class FilesSource(ShardSource):
+    """Loose image files. Neighbours in a folder are grouped, and a group is a shard; the table follows the folder: a
+    file that goes takes its row with it."""
+
+    kind: Literal["files"] = "files"
+    """The kind of source: `files`."""
+    image: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), min_length=1)
+    """Extensions of image files, lower case; in the names any case will do."""
+    label: Literal["folder"] | None = None
+    """`folder`: the name of the folder that a file is in; null: no labels."""
+
+    @field_validator("image")
+    @classmethod
+    def _are_extensions(cls, image: tuple[str, ...]) -> tuple[str, ...]:
+        for extension in image:
+            checked_extension(extension)
+        return _each_once(image, "extension")
+
+    def contract(self) -> dict[str, Any]:
+        """The fields that change what a part contains; which files there are changes their groups' identities."""
+        return self.model_dump(mode="json", exclude={"pattern", "image"})
+
+    def metadata_columns(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+SourceConfig = Annotated[
+    WebDatasetSource | ParquetSource | TFRecordSource | FilesSource, Field(discriminator="kind")
+]
 
 
 def open_reader(config: SourceConfig, max_sample_bytes: int) -> ShardReader:
@@ -151,6 +180,10 @@ def open_reader(config: SourceConfig, max_sample_bytes: int) -> ShardReader:
         from engine.shards.tfrecord import TFRecordReader
 
         return TFRecordReader(config, max_sample_bytes)
+    if isinstance(config, FilesSource):
+        from engine.shards.files import FilesReader
+
+        return FilesReader(config, max_sample_bytes)
     from engine.shards.webdataset import WebDatasetReader
 
     return WebDatasetReader(config, max_sample_bytes)

@@ -28,7 +28,8 @@ from tests.commands import Engine, rows_of, start, wait_for_parts
 from tests.flows.archives import crop_label, extract_recipe, shard_bytes, write_shards
 
 ROUNDS = int(os.environ.get("ENGINE_CHAOS_ROUNDS", "1"))
-SHARDS, IMAGES, PARTS = 20, 200, 80
+SHARDS, IMAGES = (20 if ROUNDS > 1 else 8), 200
+PARTS = 4 * SHARDS
 NEW_CONTENT = 90_000  # number of the first crop of a replaced shard
 END_TIMEOUT_S = 240
 VICTIMS = ("actor", "driver", "reader", "raylet", "writer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.parts import path16_of
+from engine.shards.files import is_border
 from engine.storage import open_store
 from engine.tables import embeddings_matrix, list_parts, open_table
 from tests.commands import Engine
@@ -195,6 +197,36 @@ def test_a_damaged_shard_keeps_its_good_parts_and_a_replaced_one_leaves_one_vers
         ended = engine("extract", recipe, *settings)
         assert (ended.code, said in ended.stderr) == (code, True), ended.stderr
     assert keys_of(tmp_path / "table") == Counter(f"{number:06d}" for number in wanted[:-3])
+
+
+def test_loose_files_are_grouped_and_a_border_that_goes_leaves_no_row_twice(
+    engine: Engine, tmp_path: Path
+) -> None:
+    names = (f"cats/{number:05d}.jpg" for number in itertools.count())
+    border = next(name for name in names if is_border(name))
+    first = int(border[5:10]) - 2
+    source = open_store(str(tmp_path / "files"))
+    for number in range(first, first + 5):
+        source.write(f"cats/{number:05d}.jpg", crop_jpeg(number)[0])
+    table = open_store(str(tmp_path / "table"))
+    recipe = write_recipe(
+        tmp_path,
+        "extract.yaml",
+        f"""
+source:   {{kind: files, uri: "{source.uri}", label: folder}}
+backbone: {{kind: keras_application, name: MobileNetV2, weights: random, seed: 3, input_size: 32, layer: block_2_add}}
+output:   {{uri: "{table.uri}"}}
+""",
+    )
+    ended = engine("extract", recipe, "--json")
+    assert (ended.code, ended.summary["shards_total"], ended.summary["rows"]) == (0, 2, 5), ended.stderr
+    source.delete(border)
+    ended = engine("extract", recipe, "--json")
+    assert (ended.code, ended.summary["shards_total"], ended.summary["rows"]) == (0, 1, 4), ended.stderr
+    rows = open_table(table).read(["key", "label", "shard"]).to_pylist()
+    kept = [number for number in range(first, first + 5) if f"cats/{number:05d}.jpg" != border]
+    assert rows == [{"key": f"cats/{n:05d}.jpg", "label": "cats", "shard": "cats/~"} for n in kept]
+    assert len(list(list_parts(table))) == 1
 
 
 def test_plan_says_what_would_be_done_and_touches_nothing(engine: Engine, tmp_path: Path) -> None:

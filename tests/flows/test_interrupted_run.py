@@ -1,4 +1,4 @@
-"""15,000 images in 15 shards; kill -9, SIGTERM, Ctrl-C. Each time the table is that of one calm run."""
+"""15,000 images in 15 shards; kill -9, SIGTERM, Ctrl-C. Each key once (tests/faults compares with a calm run)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow.compute as pc
 import pytest
 
 from engine.storage import open_store
-from engine.tables import embeddings_matrix
 from tests.commands import START_TIMEOUT_S, Engine, rows_of, start, wait_for_parts
 from tests.flows.archives import crop_label, extract_recipe, write_recipe, write_shards
 
 SHARDS, IMAGES = 15, 1000
 PARTS = SHARDS * 16
-CALM_SHARDS = "0000[37].tar"
 # Makes the terminal on its standard input the one whose Ctrl-C it hears, and becomes the command.
 TAKE_TERMINAL = """
 import fcntl, os, sys, termios
@@ -70,18 +66,6 @@ def test_fifteen_thousand_images_each_once_whatever_kills_the_driver(
     assert rows["key"].to_pylist() == [f"{number:06d}" for number in range(SHARDS * IMAGES)]
     assert rows["index"].to_pylist() == list(range(IMAGES)) * SHARDS
     assert rows["label"].to_pylist() == [crop_label(number) for number in range(SHARDS * IMAGES)]
-
-    settings = ("--set", f"source.pattern={CALM_SHARDS}", "--set", f"output.uri={folder / 'calm'}")
-    assert engine("extract", recipe, *settings).code == 0
-    columns = ["shard", "index", "key", "sha256", "embedding"]
-    calm = rows_of(folder / "calm", columns)
-    stormy = rows_of(table, columns)
-    stormy = stormy.filter(pc.is_in(stormy["shard"], calm["shard"].combine_chunks().unique()))
-    assert calm.num_rows == 2 * IMAGES
-    assert stormy.drop_columns(["embedding"]).equals(calm.drop_columns(["embedding"]))
-    np.testing.assert_allclose(
-        embeddings_matrix(stormy["embedding"]), embeddings_matrix(calm["embedding"]), rtol=1e-4, atol=1e-6
-    )
 
 
 def test_ctrl_c_at_the_terminal_ends_a_fit_and_publishes_nothing(repository: Path, folder: Path) -> None:
