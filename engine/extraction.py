@@ -505,7 +505,6 @@ class Receipt:
     rows: int = 0
     rejects: int = 0
     reject_reasons: dict[str, int] = field(default_factory=dict)
-    bytes_written: int = 0
 
     def to_row(self) -> pa.Table:
         return pa.table({"receipt": [json.dumps(asdict(self))]})
@@ -545,13 +544,12 @@ def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
         embeddings_sha256="",
     )
     store = open_store(job.table_uri, job.storage)
-    written = write_embedding_part(store, name, _data_table(job, part), part.rejects, facts)
+    write_embedding_part(store, name, _data_table(job, part), part.rejects, facts)
     return Receipt(
         replace(header, write_s=time.perf_counter() - started),
         rows=part.samples.num_rows,
         rejects=part.rejects.num_rows,
         reject_reasons=dict(Counter(part.rejects["error"].to_pylist())),
-        bytes_written=written,
     ).to_row()
 
 

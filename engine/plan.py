@@ -36,6 +36,7 @@ class PendingShards:
         regrouped: of those, taken out of `removed`: groups whose files are in another group now.
         bytes_total: size of all pending shards.
         path_of: path16 -> relative path of every listed shard.
+        shards_in_table: of which the table has parts.
     """
 
     shards_total: int
@@ -45,6 +46,7 @@ class PendingShards:
     removed: tuple[str, ...]
     bytes_total: int
     path_of: dict[str, str]
+    shards_in_table: int
     regrouped: frozenset[str] = frozenset()
 
 
@@ -70,6 +72,7 @@ def pending_shards(shards: Iterable[ObjectInfo], progress: TableProgress) -> Pen
         removed=tuple(path16 for path16 in progress if path16 not in path_of),
         bytes_total=sum(work.shard.size for work in works),
         path_of=path_of,
+        shards_in_table=len(progress),
     )
 
 
@@ -96,21 +99,20 @@ def read_tasks(works: Sequence[ShardWork], min_tasks: int) -> list[tuple[ShardWo
 MAX_PRUNED_FRACTION = 0.1
 
 
-def check_prune(pending: PendingShards, shards_in_table: int, up_to: int | None) -> None:
+def check_prune(pending: PendingShards, up_to: int | None) -> None:
     """Refuse to prune what looks like a mistake: a wrong source, a pattern that became narrower.
 
     Args:
-        shards_in_table: whose parts are there now.
         up_to: shards that may be pruned; None: a tenth of the table.
 
     Raises:
         PruneRefused: there are more.
     """
     removed = len(pending.removed)
-    allowed = up_to if up_to is not None else int(MAX_PRUNED_FRACTION * shards_in_table)
+    allowed = up_to if up_to is not None else int(MAX_PRUNED_FRACTION * pending.shards_in_table)
     if removed > allowed:
         raise PruneRefused(
-            f"pruning would remove {removed:,} of the table's {shards_in_table:,} shards",
+            f"pruning would remove {removed:,} of the table's {pending.shards_in_table:,} shards",
             found=f"{pending.shards_total:,} shards in the source",
             wanted=f"at most {allowed:,} to remove"
             + ("" if up_to is not None else f" ({MAX_PRUNED_FRACTION:.0%} of the table)"),

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -442,7 +442,15 @@ def _sweep_orphaned_rejects(
 
 def shard_paths(store: Store, wanted: Collection[str]) -> dict[str, str]:
     """Relative paths of shards that are known by path16, from the footer of one part of each."""
-    one_part = {name.path16: name for name, _ in list_parts(store) if name.path16 in wanted}
+    return _paths_of(store, _parts_of_shards(store, wanted))
+
+
+def _parts_of_shards(store: Store, wanted: Collection[str]) -> list[PartName]:
+    return [name for name, _ in list_parts(store) if name.path16 in wanted]
+
+
+def _paths_of(store: Store, parts: Iterable[PartName]) -> dict[str, str]:
+    one_part = {name.path16: name for name in parts}
     return {path16: read_embedding_facts(store, name).shard for path16, name in one_part.items()}
 
 
@@ -457,8 +465,8 @@ def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]
     Returns:
         Number of data parts deleted, and the paths of shards that are still there and so were kept.
     """
-    parts = [name for name, _ in list_parts(store) if name.path16 in removed]
-    paths = shard_paths(store, removed)
+    parts = _parts_of_shards(store, removed)
+    paths = _paths_of(store, parts)
     gone = {path16 for path16, path in paths.items() if is_gone(path)}
     doomed = [name for name in parts if name.path16 in gone]
     for name in doomed:

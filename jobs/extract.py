@@ -76,14 +76,13 @@ def run(
         run_resolve,
     )
     from engine.plan import check_prune, read_tasks, size_up
-    from engine.tables import table_progress
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
     source, table, found, pending = _look(recipe, replay_rejects)
     _announce(recipe, pending, prune)
     if prune:
-        check_prune(pending, len(table_progress(table)), prune_up_to)
+        check_prune(pending, prune_up_to)
     totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
     totals.start(pending.works)
     groups: list[tuple[ShardWork, ...]] = []
@@ -138,13 +137,12 @@ def plan(
     """What `run` would do, from validation and listings alone; touches nothing."""
     from engine.on_ray import machines_here
     from engine.plan import check_prune, read_tasks, size_up
-    from engine.tables import table_progress
 
     prune = prune or prune_up_to is not None
     _, table, record, pending = _look(recipe, replay_rejects)
     _announce(recipe, pending, prune)
     if prune:
-        check_prune(pending, len(table_progress(table)), prune_up_to)
+        check_prune(pending, prune_up_to)
     sizing = size_up(recipe.compute, machines_here())
     rows_per_part = _rows_per_part(recipe, record)
     return {

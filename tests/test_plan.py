@@ -60,10 +60,10 @@ def test_a_tenth_of_the_table_may_be_pruned_or_the_number_given(
     listed = [shard(f"{number}.tar") for number in range(removed, 19)]
     pending = pending_shards(listed, progress_of(parts))
     if not refused:
-        check_prune(pending, 19, up_to)
+        check_prune(pending, up_to)
         return
     with pytest.raises(PruneRefused, match=f"{removed} of the table's 19 shards"):
-        check_prune(pending, 19, up_to)
+        check_prune(pending, up_to)
 
 
 def test_small_shards_share_read_tasks_and_large_ones_do_not() -> None:

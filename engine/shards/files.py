@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import final
 
 from engine.errors import ObjectChanged, ObjectNotFound
-from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample, ShardReader, path_matches
+from engine.shards.image_bytes import size_problem
 from engine.shards.kinds import FilesSource
 from engine.storage import ObjectInfo, Store
 
@@ -149,12 +149,7 @@ class FilesReader(ShardReader):
         return store.read(file.path, expected=file)
 
     def _sample(self, index: int, file: ObjectInfo, encoded: bytes) -> Sample:
-        problem = None
-        if file.size == 0:
-            problem = RejectReason.EMPTY_SAMPLE, "the file has no bytes"
-        elif file.size > self._max_sample_bytes:
-            limit = f"limits.max_sample_bytes is {self._max_sample_bytes:,}"
-            problem = RejectReason.SAMPLE_TOO_LARGE, f"the file has {file.size:,} bytes; {limit}"
+        problem = size_problem("the file", file.size, self._max_sample_bytes)
         folder = _folder_of(file.path).rstrip("/").rpartition("/")[2]
         return Sample(
             key=file.path,

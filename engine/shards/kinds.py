@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from engine.config import Config
 from engine.shards.base import TABLE_COLUMNS
@@ -17,6 +17,21 @@ from engine.storage import Uri
 
 if TYPE_CHECKING:
     from engine.shards.base import ShardReader
+
+
+def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the {what} {repeated[0]!r} is there twice")
+    return names
+
+
+def _checked_extensions(image: tuple[str, ...]) -> tuple[str, ...]:
+    for extension in image:
+        checked_extension(extension)
+    return _each_once(image, "extension")
+
+
+Extensions = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_checked_extensions)]
 
 
 class ShardSource(Config):
@@ -41,7 +56,7 @@ class WebDatasetSource(ShardSource):
     pattern: str = Field("*.tar", min_length=1)
     """Which objects are shards. Without a slash it is for file names at any depth; with one for whole paths below
     `uri`, where `**` stands for any number of folders."""
-    image: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), min_length=1)
+    image: Extensions = ("jpg", "jpeg", "png", "webp")
     """Extensions of image members, lower case, first choice first: a record's image is the first that it has."""
     label: str | None = None
     """Where the label stands: an extension such as `cls` or `txt` (the member's text), or `json:field`,
@@ -49,13 +64,6 @@ class WebDatasetSource(ShardSource):
     metadata: tuple[str, ...] = ()
     """More texts to carry along, written like `label`; each becomes a string column named after its last step:
     `json:camera.model` becomes `model`."""
-
-    @field_validator("image")
-    @classmethod
-    def _are_extensions(cls, image: tuple[str, ...]) -> tuple[str, ...]:
-        for extension in image:
-            checked_extension(extension)
-        return _each_once(image, "extension")
 
     @field_validator("label")
     @classmethod
@@ -139,17 +147,10 @@ class FilesSource(ShardSource):
 
     kind: Literal["files"] = "files"
     """The kind of source: `files`."""
-    image: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), min_length=1)
+    image: Extensions = ("jpg", "jpeg", "png", "webp")
     """Extensions of image files, lower case; in the names any case will do."""
     label: Literal["folder"] | None = None
     """`folder`: the name of the folder that a file is in; null: no labels."""
-
-    @field_validator("image")
-    @classmethod
-    def _are_extensions(cls, image: tuple[str, ...]) -> tuple[str, ...]:
-        for extension in image:
-            checked_extension(extension)
-        return _each_once(image, "extension")
 
     def contract(self) -> dict[str, Any]:
         """The fields that change what a part contains; which files there are changes their groups' identities."""
@@ -203,9 +204,3 @@ def _last_step(name: str) -> str:
     if not step:
         raise ValueError(f"{name!r} is not the name of a field")
     return step
-
-
-def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the {what} {repeated[0]!r} is there twice")
-    return names

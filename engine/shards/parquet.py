@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample, ShardReader, objects_matching
+from engine.shards.image_bytes import Problem, size_problem
 from engine.shards.kinds import ParquetSource
 from engine.shards.member_text import BadText
 from engine.shards.parquet_columns import Columns, TextColumn, Value
@@ -64,7 +65,6 @@ _FOREIGN_ERRORS = (
     ArithmeticError,
     MemoryError,
 )
-_Problem = tuple[RejectReason, str]
 
 
 @final
@@ -140,18 +140,13 @@ class ParquetReader(ShardReader):
             )
 
 
-def _image_problem(encoded: pa.Buffer | None, max_sample_bytes: int) -> _Problem | None:
+def _image_problem(encoded: pa.Buffer | None, max_sample_bytes: int) -> Problem | None:
     if encoded is None:
         return RejectReason.NO_IMAGE, "the image column is null"
-    if encoded.size == 0:
-        return RejectReason.EMPTY_SAMPLE, "the image column has no bytes"
-    if encoded.size > max_sample_bytes:
-        limit = f"limits.max_sample_bytes is {max_sample_bytes:,}"
-        return RejectReason.SAMPLE_TOO_LARGE, f"the image column has {encoded.size:,} bytes; {limit}"
-    return None
+    return size_problem("the image column", encoded.size, max_sample_bytes)
 
 
-def _label_and_problem(column: TextColumn | None, value: Value) -> tuple[str | None, _Problem | None]:
+def _label_and_problem(column: TextColumn | None, value: Value) -> tuple[str | None, Problem | None]:
     if column is None:
         return None, None
     try:

@@ -30,6 +30,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from engine.schema import RejectReason
+from engine.shards.image_bytes import Problem, size_problem
 from engine.shards.member_text import MAX_TEXT_BYTES, BadText, MemberText, TextField, label_of, metadata_of
 
 DEFAULT_IMAGES = (
@@ -66,7 +67,7 @@ class ExampleImage:
     data: bytes | None
     size_bytes: int
     """Of the encoded image, given or not; 0 without one."""
-    problem: tuple[RejectReason, str] | None
+    problem: Problem | None
 
 
 @final
@@ -119,14 +120,8 @@ def image_of(example: Example, name: str | None, max_sample_bytes: int) -> Examp
     if len(feature.values) > 1:
         return _no_image(f"feature {name!r} holds {len(feature.values):,} values, not one encoded image")
     data: bytes = feature.values[0]
-    if not data:
-        return ExampleImage(None, 0, (RejectReason.EMPTY_SAMPLE, f"feature {name!r} has no bytes"))
-    if len(data) > max_sample_bytes:
-        sentence = (
-            f"feature {name!r} has {len(data):,} bytes; limits.max_sample_bytes is {max_sample_bytes:,}"
-        )
-        return ExampleImage(None, len(data), (RejectReason.SAMPLE_TOO_LARGE, sentence))
-    return ExampleImage(data, len(data), None)
+    problem = size_problem(f"feature {name!r}", len(data), max_sample_bytes)
+    return ExampleImage(data if problem is None else None, len(data), problem)
 
 
 def label_of_feature(feature: Feature | None, class_names: Sequence[str] | None = None) -> str | None:

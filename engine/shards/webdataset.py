@@ -31,6 +31,7 @@ import pyarrow as pa
 
 from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample, ShardReader, objects_matching
+from engine.shards.image_bytes import Problem, size_problem
 from engine.shards.kinds import WebDatasetSource
 from engine.shards.member_text import (
     MAX_TEXT_BYTES,
@@ -46,7 +47,6 @@ from engine.storage import ObjectInfo, Store
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META_STEP = re.compile(r"(?:.*/)?__[^/]*__(?:/.*)?", re.DOTALL)
-_Problem = tuple[RejectReason, str]
 
 
 @final
@@ -130,7 +130,7 @@ class _Record:
         self._rank = len(wanted.image_ranks)
         self._image: bytes | None = None
         self._size_bytes = 0
-        self._problem: _Problem | None = (RejectReason.NO_IMAGE, f"no member named .{wanted.image_names}")
+        self._problem: Problem | None = (RejectReason.NO_IMAGE, f"no member named .{wanted.image_names}")
         self._texts: dict[str, MemberText] = {}
 
     def add(self, extension: str, member: TarMember, tar: TarStream) -> None:
@@ -159,7 +159,7 @@ class _Record:
             size_bytes=self._size_bytes,
         )
 
-    def _label(self) -> tuple[str | None, _Problem | None]:
+    def _label(self) -> tuple[str | None, Problem | None]:
         field = self._wanted.label
         if field is None:
             return None, None
@@ -198,15 +198,10 @@ def _key_and_extension(member: TarMember) -> tuple[str, str] | None:
     return match[1], match[2].lower()
 
 
-def _image_problem(member: TarMember, max_sample_bytes: int) -> _Problem | None:
+def _image_problem(member: TarMember, max_sample_bytes: int) -> Problem | None:
     if member.special is not None:
         return RejectReason.NO_IMAGE, f"the image member is {member.special}, which is not followed"
-    if member.size == 0:
-        return RejectReason.EMPTY_SAMPLE, "the image member has no bytes"
-    if member.size > max_sample_bytes:
-        limit = f"limits.max_sample_bytes is {max_sample_bytes:,}"
-        return RejectReason.SAMPLE_TOO_LARGE, f"the image member has {member.size:,} bytes; {limit}"
-    return None
+    return size_problem("the image member", member.size, max_sample_bytes)
 
 
 def _member_text(extension: str, member: TarMember, tar: TarStream) -> MemberText:
