@@ -9,6 +9,8 @@ The rules:
   identities of its files.
 - One file is one sample; its key is its path below the source. Files are read a few at a time, each exactly in the
   version that was listed.
+- With a list (see `file_list.py`) the samples are the files that it names, there or not. What it says of a file is part
+  of the group's identity, so a changed label does its group again and no other.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import final
 
-from engine.errors import ObjectChanged, ObjectNotFound
+from engine.errors import ObjectChanged, ObjectNotFound, RecipeError
+from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample, ShardReader, path_matches
-from engine.shards.image_bytes import size_problem
+from engine.shards.file_list import ListedFile, folder_of, read_list
+from engine.shards.image_bytes import Problem, size_problem
 from engine.shards.kinds import FilesSource
 from engine.storage import ObjectInfo, Store
 
@@ -32,6 +36,8 @@ READS_AHEAD = 16  # a small file costs a round trip: 16 at 20 ms are 800 files a
 MAX_BYTES_AHEAD = 64 * 2**20
 _MARK = "~"
 
+File = ObjectInfo | ListedFile
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class _Group:
     """The files of one shard, sorted by path."""
 
     path: str
-    files: tuple[ObjectInfo, ...]
+    files: tuple[File, ...]
 
     def to_info(self) -> ObjectInfo:
         """The shard as the rest of the engine sees it."""
@@ -70,14 +76,14 @@ class FilesReader(ShardReader):
         )
 
     def list_shards(self, store: Store) -> Iterator[ObjectInfo]:
-        return (group.to_info() for group in groups_of(self._files(store.list())))
+        return (group.to_info() for group in groups_of(self._files(store)))
 
     def identity_now(self, store: Store, path: str) -> str | None:
-        group = self._groups_in(store, _folder_of(path)).get(path)
+        group = self._groups_in(store, folder_of(path)).get(path)
         return group.to_info().identity if group is not None else None
 
     def successor(self, store: Store, path: str) -> str | None:
-        before = [other for other in self._groups_in(store, _folder_of(path)) if other < path]
+        before = [other for other in self._groups_in(store, folder_of(path)) if other < path]
         return max(before, default=None)
 
     def read(
@@ -93,9 +99,9 @@ class FilesReader(ShardReader):
                 on_bytes(len(encoded))
             yield self._sample(index, file, encoded)
 
-    def _read_ahead(self, store: Store, files: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, bytes]]:
+    def _read_ahead(self, store: Store, files: Sequence[File]) -> Iterator[tuple[File, bytes]]:
         """Each file with its bytes, in order; a few are on their way at a time."""
-        waiting, reading = deque(files), deque[tuple[ObjectInfo, Future[bytes]]]()
+        waiting, reading = deque(files), deque[tuple[File, Future[bytes]]]()
         bytes_ahead = 0
         with ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="files") as pool:
             try:
@@ -114,7 +120,7 @@ class FilesReader(ShardReader):
 
     def _members(self, store: Store, shard: ObjectInfo) -> _Group:
         """The files of the group, if it is still the one that was listed."""
-        folder = _folder_of(shard.path)
+        folder = folder_of(shard.path)
         if self._last_folder is None or self._last_folder[0] != folder:
             self._last_folder = (folder, self._groups_in(store, folder))
         group = self._last_folder[1].get(shard.path)
@@ -126,7 +132,7 @@ class FilesReader(ShardReader):
             raise ObjectNotFound(f"{store.uri}/{shard.path}: the group of files is gone")
         if (found := group.to_info().identity) != shard.identity:
             raise ObjectChanged(
-                f"{store.uri}/{shard.path}: files came, went or changed since the listing",
+                f"{store.uri}/{shard.path}: files came, went or changed since the listing, or their list did",
                 found=found,
                 wanted=shard.identity,
                 way_out="run the job again: it takes the group as it is then",
@@ -135,52 +141,100 @@ class FilesReader(ShardReader):
 
     def _groups_in(self, store: Store, folder: str) -> dict[str, _Group]:
         """The groups of one folder as it is now, by path."""
-        listed = (file for file in store.list(folder) if "/" not in file.path[len(folder) :])
-        return {group.path: group for group in groups_of(self._files(listed))}
+        return {group.path: group for group in groups_of(self._files(store, folder))}
 
-    def _files(self, listed: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
-        for file in listed:
-            if file.path.lower().endswith(self._endings) and path_matches(file.path, self._config.pattern):
+    def _files(self, store: Store, folder: str | None = None) -> Iterator[File]:
+        """The files of the source, or those that lie directly in one folder."""
+        if self._config.list is not None:
+            yield from self._listed_files(store, folder)
+            return
+        for file in store.list() if folder is None else _directly_in(folder, store):
+            if file.path.lower().endswith(self._endings) and self._is_chosen(file.path):
                 yield file
 
-    def _image(self, store: Store, file: ObjectInfo) -> bytes:
-        if file.size > self._max_sample_bytes:
-            return b""
-        return store.read(file.path, expected=file)
+    def _listed_files(self, store: Store, folder: str | None) -> Iterator[ListedFile]:
+        listed = read_list(self._config, store)
+        if folder is not None:
+            if folder in listed:
+                joined = listed.joined(_directly_in(folder, store), only=folder)
+                yield from (file for file in joined if self._is_chosen(file.path))
+            return
+        count = count_there = 0
+        for file in listed.joined(listed.listing(store)):
+            if self._is_chosen(file.path):
+                count, count_there = count + 1, count_there + (file.info is not None)
+                yield file
+        if not listed.num_rows:
+            raise RecipeError(f"source.list {self._config.list}: it has no rows", way_out="check source.list")
+        if count and not count_there:  # a disk that is not mounted would make rejects of the whole table
+            raise ObjectNotFound(
+                f"{store.uri}: not one of the {count:,} files that {self._config.list} names is there",
+                way_out="check source.uri (a typo, a disk that is not mounted) and source.path",
+            )
 
-    def _sample(self, index: int, file: ObjectInfo, encoded: bytes) -> Sample:
-        problem = size_problem("the file", file.size, self._max_sample_bytes)
-        folder = _folder_of(file.path).rstrip("/").rpartition("/")[2]
+    def _is_chosen(self, path: str) -> bool:
+        return self._config.pattern == "*" or path_matches(path, self._config.pattern)
+
+    def _image(self, store: Store, file: File) -> bytes:
+        info = file.info if isinstance(file, ListedFile) else file
+        if info is None or info.size > self._max_sample_bytes:
+            return b""
+        return store.read(info.path, expected=info)
+
+    def _sample(self, index: int, file: File, encoded: bytes) -> Sample:
+        problem = self._image_problem(file)
+        label, metadata, label_problem = self._texts(file)
         return Sample(
             key=file.path,
             index=index,
             image=encoded if problem is None else None,
-            label=(folder or None) if self._config.label == "folder" else None,
-            metadata=(),
+            label=label if label_problem is None else None,
+            metadata=metadata,
             begin_offset=None,
             end_offset=None,
-            problem=problem,
+            problem=problem or label_problem,
             size_bytes=file.size,
         )
 
+    def _image_problem(self, file: File) -> Problem | None:
+        if isinstance(file, ListedFile) and file.info is None:
+            return RejectReason.NO_IMAGE, "the list names it, but it is not there"
+        return size_problem("the file", file.size, self._max_sample_bytes)
 
-def groups_of(files: Iterable[ObjectInfo]) -> Iterator[_Group]:
+    def _texts(self, file: File) -> tuple[str | None, tuple[str | None, ...], Problem | None]:
+        """Its label, its metadata, and why the label cannot be used."""
+        if isinstance(file, ListedFile):
+            problem = file.label_problem(self._config.label, self._config.metadata_columns())
+            return file.rows[0].label, file.rows[0].metadata, problem
+        folder = folder_of(file.path).rstrip("/").rpartition("/")[2]
+        return (folder or None) if self._config.label == "folder" else None, (), None
+
+
+def _directly_in(folder: str, store: Store) -> Iterator[ObjectInfo]:
+    return (file for file in store.list(folder) if "/" not in file.path[len(folder) :])
+
+
+def groups_of(files: Iterable[File]) -> Iterator[_Group]:
     """Cut files, sorted by path, into groups; holds the open group of each folder that the listing is inside of."""
-    open_groups: dict[str, tuple[str, list[ObjectInfo]]] = {}  # folder -> path of the group, its files so far
+    open_groups: dict[str, tuple[str, list[File]]] = {}  # folder -> path of the group, its files so far
+    last_folder: str | None = None
     for file in files:
-        folder = _folder_of(file.path)
-        for left in [other for other in open_groups if not folder.startswith(other)]:
-            yield from _closed(open_groups.pop(left))
-        path, members = open_groups.setdefault(folder, (f"{folder}{_MARK}", []))
+        folder = folder_of(file.path)
+        if folder != last_folder:
+            for left in [other for other in open_groups if not folder.startswith(other)]:
+                yield from _closed(open_groups.pop(left))
+            open_groups.setdefault(folder, (f"{folder}{_MARK}", []))
+            last_folder = folder
+        path, members = open_groups[folder]
         members.append(file)
-        if is_border(file.path) or len(members) == MAX_FILES:
+        if len(members) == MAX_FILES or is_border(file.path):
             yield _Group(path, tuple(members))
             open_groups[folder] = (f"{folder}{_MARK}{file.path[len(folder) :]}", [])
     for still_open in open_groups.values():
         yield from _closed(still_open)
 
 
-def _closed(group: tuple[str, list[ObjectInfo]]) -> Iterator[_Group]:
+def _closed(group: tuple[str, list[File]]) -> Iterator[_Group]:
     path, members = group
     if members:
         yield _Group(path, tuple(members))
@@ -190,9 +244,3 @@ def is_border(path: str) -> bool:
     """Whether a group ends after this file."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % FILES_PER_BORDER == 0
-
-
-def _folder_of(path: str) -> str:
-    """With its slash; "" for the top."""
-    folder, slash, _ = path.rpartition("/")
-    return folder + slash

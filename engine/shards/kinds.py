@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from engine.config import Config
 from engine.shards.base import TABLE_COLUMNS
@@ -17,6 +17,8 @@ from engine.storage import Uri
 
 if TYPE_CHECKING:
     from engine.shards.base import ShardReader
+
+LIST_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 
 def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
@@ -142,23 +144,61 @@ class TFRecordSource(ColumnsSource):
 
 
 class FilesSource(ShardSource):
-    """Loose image files. Neighbours in a folder are grouped, and a group is a shard; the table follows the folder: a
-    file that goes takes its row with it."""
+    """Loose image files: all of a folder, or those that a list names. Neighbours in a folder are grouped, and a group
+    is a shard; the table follows the folder (or the list): a file that goes takes its row with it."""
 
     kind: Literal["files"] = "files"
     """The kind of source: `files`."""
+    pattern: str = Field("*", min_length=1)
+    """Which files are samples, those of a list too. Without a slash it is for file names at any depth; with one for
+    whole paths below `uri`, where `**` stands for any number of folders."""
     image: Extensions = ("jpg", "jpeg", "png", "webp")
-    """Extensions of image files, lower case; in the names any case will do."""
-    label: Literal["folder"] | None = None
-    """`folder`: the name of the folder that a file is in; null: no labels."""
+    """Extensions of image files, lower case; in the names any case will do. Not asked of files that a list names."""
+    list: Uri | None = None
+    """A .csv, .tsv (either may be .gz) or .parquet file with one row for each file; only these files are samples then.
+    null: all files of the folder."""
+    path: str = Field("path", min_length=1)
+    """Column of the list that holds the files: paths relative to `uri`, or full URIs below it."""
+    label: str | None = Field(None, min_length=1)
+    """Without a list: `folder`, the name of the folder that a file is in. With a list: the column that holds the label
+    (text, a number or a boolean; `folder` is then a column of that name). An empty one is a null label. null: no
+    labels."""
+    metadata: tuple[str, ...] = ()
+    """More columns of the list to carry along; each becomes a string column named after its last step: `camera.model`
+    becomes `model`."""
+
+    @field_validator("list")
+    @classmethod
+    def _is_a_table(cls, uri: str | None) -> str | None:
+        if uri is not None and not uri.lower().endswith(LIST_ENDINGS):
+            raise ValueError(f"a list is a file whose name ends in {', '.join(LIST_ENDINGS)}")
+        return uri
+
+    @field_validator("path", "label", "metadata")
+    @classmethod
+    def _has_a_list(cls, value: Any, checked: ValidationInfo) -> Any:
+        if "list" not in checked.data or checked.data["list"] is not None:
+            return value
+        if checked.field_name == "label" and value not in (None, "folder"):
+            raise ValueError("without a `list` the label is `folder` or null")
+        if (checked.field_name == "path" and value != "path") or (checked.field_name == "metadata" and value):
+            raise ValueError(f"`{checked.field_name}` names columns of a `list`, and there is none")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _are_columns(cls, metadata: tuple[str, ...]) -> tuple[str, ...]:
+        _check_columns(tuple(_last_step(name) for name in metadata))
+        return metadata
 
     def contract(self) -> dict[str, Any]:
         """The fields that change what a part contains; which files there are changes their groups' identities."""
-        return self.model_dump(mode="json", exclude={"pattern", "image"})
+        of_a_list = set() if self.list is not None else {"list", "path", "metadata"}
+        return self.model_dump(mode="json", exclude={"pattern", "image", *of_a_list})
 
     def metadata_columns(self) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """Names of the extra string columns, in the order of `Sample.metadata`; unique, and none of the table's own."""
+        return tuple(_last_step(name) for name in self.metadata)
 
 
 SourceConfig = Annotated[

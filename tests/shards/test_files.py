@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,28 @@ def test_one_file_more_or_less_among_many_changes_at_most_two_groups() -> None:
         new = [path for path, info in after.items() if before.get(path) != info]
         gone = [path for path in before if path not in after]
         assert 1 <= len(new) <= 2 and len(gone) <= 1, (new, gone)
+
+
+def test_a_file_that_is_added_to_a_hundred_thousand_leaves_at_most_two_groups_pending() -> None:
+    draw = random.Random(11)
+    files = [ObjectInfo(f"img_{number:07d}.jpg", 1, "v1") for number in range(0, 1_000_000, 10)]
+    before = {group.path: group.files for group in groups_of(files)}
+    assert 150 < len(before) < 260
+    for _ in range(24):
+        added = ObjectInfo(f"img_{draw.randrange(1_000_000):07d}x.jpg", 1, "v1")
+        bisect.insort(files, added, key=lambda file: file.path)
+        after = {group.path: group.files for group in groups_of(files)}
+        pending = [path for path, members in after.items() if before.get(path) != members]
+        gone = [path for path in before if path not in after]
+        assert 1 <= len(pending) <= 2 and len(gone) <= 1, (added.path, pending, gone)
+        before = after
+
+
+def test_a_group_without_a_list_has_the_identity_that_it_always_had() -> None:
+    """Another value would do every table of loose files again."""
+    files = [ObjectInfo("cats/a.jpg", 3, "etag:abc:3"), ObjectInfo("cats/b.jpg", 5, "mtime:17:5")]
+    (group,) = groups_of(files)
+    assert group.to_info() == ObjectInfo("cats/~", 8, "files:0720d01e3f5ff91b8954d5c186e9c1fe")
 
 
 def test_without_a_border_a_group_ends_at_2048_files() -> None:
