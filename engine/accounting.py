@@ -5,17 +5,72 @@ Fed with receipts; knows nothing of how they came about.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.errors import OverBudget, ShardsFailed, TableDamaged
-from engine.extraction import Receipt, ShardWork
-from engine.parts import PartName, Progress
+from engine.extraction import Receipt
+from engine.parts import NOTHING, TableProgress, path16_of
 from engine.recipes import Limits
 from engine.storage import Store
-from engine.tables import READ_THREADS, count_rejects, list_parts, read_embedding_facts
+from engine.tables import (
+    READ_THREADS,
+    count_rejects,
+    is_read,
+    part_names,
+    read_embedding_facts,
+    table_progress,
+    version_to_read,
+)
+from engine.worklist import ShardWork
+
+
+class ShardsUnderWay:
+    """Which of a run's shards have all their parts: 13 bytes a shard, and the parts of those that are half done.
+
+    Args:
+        works: what the run set out to complete.
+    """
+
+    def __init__(self, works: Sequence[ShardWork] = ()) -> None:
+        self._works = works
+        keys = np.fromiter((_key_of(work.shard.path) for work in works), np.uint64, len(works))
+        self._order = np.argsort(keys).astype(np.uint32)
+        self._keys = keys[self._order]
+        self._is_done = np.zeros(len(keys), bool)
+        self._begun = {work.shard.path: work.existing for work in works if work.existing != NOTHING}
+
+    def add(self, path: str, number: int, last: bool) -> bool:
+        """Note one part; False if it was there already."""
+        at = int(np.searchsorted(self._keys, np.uint64(_key_of(path))))
+        before = self._begun.get(path, NOTHING)
+        if self._is_done[at] or number in before.numbers:
+            return False
+        after = before.with_part(number, last)
+        if after.is_complete:
+            self._is_done[at] = True
+            self._begun.pop(path, None)
+        else:
+            self._begun[path] = after
+        return True
+
+    @property
+    def done(self) -> int:
+        """Shards that are complete now."""
+        return int(np.count_nonzero(self._is_done))
+
+    def not_done(self) -> Iterator[str]:
+        """Paths of the others."""
+        return (self._works[int(place)].shard.path for place in self._order[~self._is_done])
+
+
+def _key_of(path: str) -> int:
+    return int(path16_of(path), 16)
 
 
 @dataclass
@@ -28,11 +83,11 @@ class RunTotals:
     bytes_read: int = 0
     stage_s: Counter[str] = field(default_factory=Counter)
     damage: dict[str, str] = field(default_factory=dict)
-    progress: dict[str, Progress] = field(default_factory=dict)
+    shards: ShardsUnderWay = field(default_factory=ShardsUnderWay)
 
-    def start(self, works: Iterable[ShardWork]) -> None:
+    def start(self, works: Sequence[ShardWork]) -> None:
         """Note the shards that this run set out to complete."""
-        self.progress = {work.shard.path: work.existing for work in works}
+        self.shards = ShardsUnderWay(works)
 
     def add(self, receipt: Receipt) -> None:
         """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once."""
@@ -41,29 +96,26 @@ class RunTotals:
         if header.damage is not None:
             self.damage[header.shard] = header.damage
             return
-        if header.number in self.progress[header.shard].numbers:
+        if not self.shards.add(header.shard, header.number, header.last):
             return
         self.parts_written += 1
         self.rows += receipt.rows
         self.rejects += receipt.rejects
         for stage in ("read", "decode", "embed", "write"):
             self.stage_s[stage] += getattr(header, f"{stage}_s")
-        self.progress[header.shard] = self.progress[header.shard].with_part(header.number, header.last)
 
     @property
     def shards_done(self) -> int:
         """Shards that this run completed."""
-        return sum(progress.is_complete for progress in self.progress.values())
+        return self.shards.done
 
     def require_whole(self) -> None:
         """Every shard is complete or says why not; anything else means that a part got lost between the stages."""
-        lost = [
-            path for path, done in self.progress.items() if not done.is_complete and path not in self.damage
-        ]
+        lost = [path for path in self.shards.not_done() if path not in self.damage]
         if lost:
             raise TableDamaged(
                 f"{len(lost)} shards ended without all their parts, and without a reason",
-                found=", ".join(lost[:5]),
+                found=", ".join(sorted(lost)[:5]),
                 way_out="run the job again: it makes only what is missing; report this as a defect of the engine",
             )
 
@@ -102,25 +154,40 @@ def reject_verdict(
     Returns:
         Rejects by reason, and the error if they are over the budget.
     """
-    reasons, by_part = count_rejects(table)
+    progress = table_progress(table)
+    reasons, by_part = count_rejects(table, progress)
     rejects = reasons.total()
     if rejects == 0:
         return reasons, None
-    parts = [name for name, _ in list_parts(table)]
-    full = sum(rows_per_part for name in parts if not name.last)
-    last_parts = [name for name in parts if name.last]
-    fewest = full + sum(by_part[name] for name in last_parts)
-    most = full + rows_per_part * len(last_parts)
+    full, last = _parts_that_count(progress)
+    fewest = full * rows_per_part + sum(count for name, count in by_part.items() if name.last)
+    most = (full + last) * rows_per_part
     if (rejects / most > limits.max_reject_fraction) == (rejects / fewest > limits.max_reject_fraction):
         samples = most
     else:
-        samples = full + _count_samples(table, last_parts)
+        samples = full * rows_per_part + _samples_in_last_parts(table, progress)
     return reasons, _over_budget(reasons, rejects / samples, limits)
 
 
-def _count_samples(table: Store, names: Iterable[PartName]) -> int:
+def _parts_that_count(progress: TableProgress) -> tuple[int, int]:
+    """Full parts, and last parts of their shards, of the version that readers get."""
+    full = last = 0
+    for versions in progress.values():
+        done = versions[version_to_read(versions)]
+        has_last = done.last in done.numbers
+        full += len(done.numbers) - has_last
+        last += has_last
+    return full, last
+
+
+def _samples_in_last_parts(table: Store, progress: TableProgress) -> int:
+    """From their footers; a few at a time, for there is one to each shard."""
+    names = (name for name in part_names(table) if name.last and is_read(progress, name))
+    samples = 0
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return sum(pool.map(lambda name: read_embedding_facts(table, name).samples, names))
+        while some := list(itertools.islice(names, 1000)):
+            samples += sum(pool.map(lambda name: read_embedding_facts(table, name).samples, some))
+    return samples
 
 
 def _over_budget(reasons: Counter[str], fraction: float, limits: Limits) -> OverBudget | None:

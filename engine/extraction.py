@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -25,18 +27,22 @@ from engine.backbones.kinds import BackboneConfig
 from engine.embedder import Embedder
 from engine.errors import EngineError, ObjectChanged, ObjectNotFound, ShardDamaged
 from engine.images import ImageRejected, decode_image
-from engine.parts import Progress, part_name
+from engine.parts import part_name
 from engine.recipes import Limits
 from engine.runtimes.kinds import RuntimeConfig
 from engine.schema import EmbeddingDtype, RejectReason, RejectStage, embeddings_schema, rejects_schema
 from engine.shards.base import Resume, Sample, ShardReader
 from engine.shards.kinds import SourceConfig, open_reader
-from engine.storage import ObjectInfo, StorageConfig, Store, open_store
+from engine.storage import StorageConfig, Store, open_store
 from engine.tables import EmbeddingPartFacts, read_embedding_facts, write_embedding_part
+from engine.worklist import ShardWork
 
 PIXEL_BYTES_PER_PART = 64_000_000
 ROWS_PER_PART_STEP = 64
 ROWS_PER_PART_MAX = 1024
+# Of one part that travels undecoded (see `read_parts`); a part with more is decoded where it is read.
+MAX_ENCODED_BYTES = 256 << 20
+ENCODED_AHEAD_BYTES = 64 << 20  # of images that wait for a decoding thread
 
 
 def default_rows_per_part(input_size_px: int) -> int:
@@ -72,14 +78,6 @@ class ExtractJob:
     embed_threads: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ShardWork:
-    """One shard that is not complete, and which of its parts exist."""
-
-    shard: ObjectInfo
-    existing: Progress = field(default_factory=Progress)
-
-
 class Resolved(NamedTuple):
     """What loading the backbone once settles for the whole table."""
 
@@ -87,12 +85,13 @@ class Resolved(NamedTuple):
     fingerprint_fields: dict[str, Any]
     width: int
     canary: tuple[tuple[float, ...], ...]
+    peak_bytes: int
 
 
 def resolve(
     backbone: BackboneConfig, runtime: RuntimeConfig, storage: StorageConfig, num_threads: int | None
 ) -> Resolved:
-    """Load the backbone where it will run and state its fingerprint, width and canary."""
+    """Load the backbone where it will run and state its fingerprint, width, canary, and the memory it took."""
     embedder = Embedder(backbone, runtime, storage, num_threads)
     canary = tuple(tuple(float(number) for number in row) for row in embedder.canary())
     return Resolved(
@@ -100,7 +99,14 @@ def resolve(
         dict(embedder.fingerprint_fields),
         embedder.width,
         canary,
+        peak_resident_bytes(),
     )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # ---------------------------------------------------------------- what travels between the stages
@@ -136,12 +142,16 @@ class PartHeader:
 
 @dataclass(frozen=True)
 class Part:
-    """A part on its way: after reading `array` is pixels uint8 (N, S, S, 3), after embedding float (N, D)."""
+    """A part on its way: after decoding `array` is pixels uint8 (N, S, S, 3), after embedding float (N, D).
+
+    Where reading and decoding are stages of their own there is only `encoded` in between: the samples as read.
+    """
 
     header: PartHeader
     samples: pa.Table | None = None
     rejects: pa.Table | None = None
     array: np.ndarray | None = None
+    encoded: pa.Table | None = None
 
     def to_row(self) -> pa.Table:
         """One Arrow row, whatever the number of samples; the array's buffer is not copied."""
@@ -153,6 +163,7 @@ class Part:
                 "samples": pa.array([_ipc(self.samples)], pa.large_binary()),
                 "rejects": pa.array([_ipc(self.rejects)], pa.large_binary()),
                 "array": _one_binary(self.array),
+                "encoded": pa.array([_ipc(self.encoded)], pa.large_binary()),
             }
         )
 
@@ -165,7 +176,9 @@ class Part:
         if shape is not None:
             buffer = row["array"][0].as_buffer()
             array = np.frombuffer(buffer if buffer is not None else b"", dtype).reshape(shape)
-        return Part(PartHeader(**fields), _from_ipc(row["samples"][0]), _from_ipc(row["rejects"][0]), array)
+        tables = (_from_ipc(row[name][0]) for name in ("samples", "rejects", "encoded"))
+        samples, rejects, encoded = tables
+        return Part(PartHeader(**fields), samples, rejects, array, encoded)
 
 
 def _ipc(table: pa.Table | None) -> pa.Buffer | None:
@@ -192,8 +205,12 @@ def _one_binary(array: np.ndarray | None) -> pa.Array:
 # ---------------------------------------------------------------- stage 1: read and decode
 
 
-def read_parts(job: ExtractJob, works: Sequence[ShardWork]) -> Iterator[pa.Table]:
+def read_parts(job: ExtractJob, works: Sequence[ShardWork], apart: bool = False) -> Iterator[pa.Table]:
     """Read shards and yield each missing part as a row; a shard that cannot be read on yields a row that says so.
+
+    Args:
+        apart: leave the decoding to `decode_part`: where there are fewer shards than cores to decode on, one large
+            shard then keeps many of them busy. Encoded images are copied once more for it.
 
     Raises:
         StorageError: the store itself is at fault (denied, unreachable), so going on makes no sense.
@@ -203,8 +220,21 @@ def read_parts(job: ExtractJob, works: Sequence[ShardWork]) -> Iterator[pa.Table
     reader = open_reader(job.source, job.limits.max_sample_bytes)
     with ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode") as pool:
         for work in works:
-            for part in _parts_of_shard(job, reader, source, table, work, pool):
+            for part in _parts_of_shard(job, reader, source, table, work, pool, apart):
                 yield part.to_row()
+
+
+def decode_part(job: ExtractJob, row: pa.Table) -> pa.Table:
+    """Decode a part that was read `apart`; any other row is handed on."""
+    part = Part.from_row(row)
+    if part.encoded is None:
+        return row
+    header = part.header
+    with ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode") as pool:
+        builder = _PartBuilder(job, header.shard, header.identity, header.number, pool)
+        for sample in _samples_of(part.encoded):
+            builder.add(sample, wanted=True)
+        return builder.finish(header.last, header.bytes_read, header.read_s).to_row()
 
 
 def _parts_of_shard(
@@ -214,25 +244,27 @@ def _parts_of_shard(
     table: Store,
     work: ShardWork,
     pool: ThreadPoolExecutor,
+    apart: bool,
 ) -> Iterator[Part]:
     shard, existing = work.shard, work.existing
+    kind = _EncodedBuilder if apart else _PartBuilder
     number = existing.first_missing
     resume = _resume_point(job, table, work)
     meter = _ReadMeter()
-    builder = _PartBuilder(job, shard, number, pool)
+    builder = kind(job, shard.path, shard.identity, number, pool)
     try:
         samples = meter.timed(reader.read(source, shard, resume, on_bytes=meter.add_bytes))
         for sample in samples:
             if builder.is_full:
                 if number not in existing.numbers:
-                    yield builder.finish(last=False, meter=meter)
+                    yield builder.finish(False, meter.take_bytes(), meter.take_seconds())
                 number += 1
                 if existing.last is not None and number > existing.last:
                     return
-                builder = _PartBuilder(job, shard, number, pool)
+                builder = kind(job, shard.path, shard.identity, number, pool)
             builder.add(sample, wanted=number not in existing.numbers)
         if number not in existing.numbers:
-            yield builder.finish(last=True, meter=meter)
+            yield builder.finish(True, meter.take_bytes(), meter.take_seconds())
     except (ShardDamaged, ObjectChanged, ObjectNotFound) as error:
         builder.abandon()
         yield Part(
@@ -307,12 +339,16 @@ class _Decoded(NamedTuple):
 class _PartBuilder:
     """Collects the samples of one part; images are decoded by the pool while the shard is read on."""
 
-    def __init__(self, job: ExtractJob, shard: ObjectInfo, number: int, pool: ThreadPoolExecutor) -> None:
-        self._job, self._shard, self._number, self._pool = job, shard, number, pool
+    def __init__(
+        self, job: ExtractJob, shard: str, identity: str, number: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self._job, self._shard, self._identity, self._number = job, shard, identity, number
+        self._pool = pool
         self._samples: list[Sample] = []
         self._decoding: list[Future[_Decoded] | None] = []
         self._digests: list[bytes | None] = []  # of images that are rejects already when they are read
-        self._in_flight: deque[Future[_Decoded]] = deque()
+        self._in_flight: deque[tuple[Future[_Decoded], int]] = deque()
+        self._bytes_in_flight = 0
         side = job.backbone.input_size
         self._pixels_NSS3 = np.empty((job.rows_per_part, side, side, 3), np.uint8)
         self._count = 0
@@ -329,21 +365,31 @@ class _PartBuilder:
         future = None
         if sample.problem is None and sample.image is not None:
             future = self._pool.submit(self._decode, sample.image, len(self._samples))
-            self._in_flight.append(future)
-            while len(self._in_flight) > 4 * self._job.decode_threads:  # encoded images held in memory
-                self._in_flight.popleft().result()
+            self._in_flight.append((future, len(sample.image)))
+            self._bytes_in_flight += len(sample.image)
+            self._wait_for_decoders()
         keeps_bytes = self._job.limits.keep_reject_bytes
         self._samples.append(sample if keeps_bytes else replace(sample, image=None))
         self._decoding.append(future)
         is_image = sample.problem is not None and sample.image is not None  # for example one with a bad label
         self._digests.append(hashlib.sha256(sample.image).digest() if is_image and sample.image else None)
 
+    def _wait_for_decoders(self) -> None:
+        """Hold few encoded images in memory: reading waits for decoding."""
+        at_most = 4 * self._job.decode_threads
+        while len(self._in_flight) > at_most or (
+            self._bytes_in_flight > ENCODED_AHEAD_BYTES and len(self._in_flight) > 1
+        ):
+            future, size = self._in_flight.popleft()
+            self._bytes_in_flight -= size
+            future.result()
+
     def abandon(self) -> None:
         """Drop the part: its shard cannot be read to the part's end."""
-        for future in self._in_flight:
+        for future, _ in self._in_flight:
             future.cancel()
 
-    def finish(self, last: bool, meter: _ReadMeter) -> Part:
+    def finish(self, last: bool, bytes_read: int, read_s: float) -> Part:
         """The part, in the order of its samples."""
         results = [future.result() if future else None for future in self._decoding]
         rejects: list[_Reject] = []
@@ -356,15 +402,15 @@ class _PartBuilder:
                 rejects.append(reject)
         pixels = self._pixels_NSS3[: len(kept)] if len(kept) == len(results) else self._pixels_NSS3[kept]
         header = PartHeader(
-            self._shard.path,
-            self._shard.identity,
+            self._shard,
+            self._identity,
             self._number,
             last,
             begin_offset=self._samples[0].begin_offset if self._samples else None,
             end_offset=self._samples[-1].end_offset if self._samples else None,
             samples=len(self._samples),
-            bytes_read=meter.take_bytes(),
-            read_s=meter.take_seconds(),
+            bytes_read=bytes_read,
+            read_s=read_s,
             decode_s=sum(decoded.seconds for decoded in results if decoded),
         )
         return Part(header, self._sample_table(kept, results), self._reject_table(rejects), pixels)
@@ -377,7 +423,9 @@ class _PartBuilder:
         try:
             image = decode_image(encoded, backbone.input_size, backbone.resize, self._job.limits.max_pixels)
         except ImageRejected as rejected:
-            return _Decoded(digest, 0, 0, time.perf_counter() - started, rejected)
+            # Without its traceback, which holds the frames and in them the bytes of the image.
+            bare = rejected.with_traceback(None)
+            return _Decoded(digest, 0, 0, time.perf_counter() - started, bare)
         self._pixels_NSS3[slot] = image.pixels_SS3
         return _Decoded(digest, image.width_px, image.height_px, time.perf_counter() - started, None)
 
@@ -388,7 +436,7 @@ class _PartBuilder:
         decoded = [results[slot] for slot in kept]
         columns: list[list[Any]] = [
             [sample.key for sample in samples],
-            [self._shard.path] * len(kept),
+            [self._shard] * len(kept),
             [sample.index for sample in samples],
             [sample.label for sample in samples],
             [image.width_px if image else 0 for image in decoded],
@@ -406,7 +454,7 @@ class _PartBuilder:
         rows = [
             {
                 "key": reject.key,
-                "shard": self._shard.path,
+                "shard": self._shard,
                 "index": reject.index,
                 "stage": reject.stage,
                 "error": str(reject.reason),
@@ -418,6 +466,85 @@ class _PartBuilder:
             for reject in rejects
         ]
         return pa.Table.from_pylist(rows, schema=rejects_schema(keeps_bytes))
+
+
+class _EncodedBuilder:
+    """A builder that collects and leaves the decoding to `decode_part`, unless the part is too large to travel so."""
+
+    def __init__(
+        self, job: ExtractJob, shard: str, identity: str, number: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self._decoding: _PartBuilder | None = None
+        self._pool = pool
+        self._job, self._header = job, PartHeader(shard, identity, number)
+        self._samples: list[Sample] = []
+        self._count = self._bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._count == self._job.rows_per_part
+
+    def add(self, sample: Sample, wanted: bool) -> None:
+        self._count += 1
+        if not wanted:
+            return
+        self._bytes += len(sample.image or b"")
+        if self._decoding is None and self._bytes > MAX_ENCODED_BYTES:
+            header = self._header
+            self._decoding = _PartBuilder(self._job, header.shard, header.identity, header.number, self._pool)
+            for earlier in self._samples:
+                self._decoding.add(earlier, wanted=True)
+            self._samples.clear()
+        if self._decoding is not None:
+            self._decoding.add(sample, wanted=True)
+        else:
+            self._samples.append(sample)
+
+    def abandon(self) -> None:
+        if self._decoding is not None:
+            self._decoding.abandon()
+
+    def finish(self, last: bool, bytes_read: int, read_s: float) -> Part:
+        if self._decoding is not None:
+            return self._decoding.finish(last, bytes_read, read_s)
+        header = replace(self._header, last=last, bytes_read=bytes_read, read_s=read_s)
+        return Part(header, encoded=_table_of(self._samples))
+
+
+_SAMPLES_AS_READ = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("index", pa.int64()),
+        ("image", pa.large_binary()),
+        ("label", pa.large_string()),
+        ("metadata", pa.list_(pa.large_string())),
+        ("begin_offset", pa.int64()),
+        ("end_offset", pa.int64()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("size_bytes", pa.int64()),
+    ]
+)
+
+
+def _table_of(samples: Sequence[Sample]) -> pa.Table:
+    plain = ("key", "index", "image", "label", "metadata", "begin_offset", "end_offset", "size_bytes")
+    columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in plain}
+    problems = [sample.problem or (None, None) for sample in samples]
+    columns["reason"] = [None if reason is None else str(reason) for reason, _ in problems]
+    columns["message"] = [message for _, message in problems]
+    return pa.table(
+        [pa.array(columns[field.name], field.type) for field in _SAMPLES_AS_READ], _SAMPLES_AS_READ
+    )
+
+
+def _samples_of(table: pa.Table) -> Iterator[Sample]:
+    """Inverse of `_table_of`, one sample in memory at a time."""
+    for batch in table.to_batches(max_chunksize=1):
+        (row,) = batch.to_pylist()
+        reason, message, metadata = row.pop("reason"), row.pop("message"), row.pop("metadata")
+        problem = (RejectReason(reason), message) if reason is not None else None
+        yield Sample(problem=problem, metadata=tuple(metadata), **row)
 
 
 def _reject_of(sample: Sample, decoded: _Decoded | None, digest: bytes | None) -> _Reject | None:

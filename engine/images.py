@@ -38,17 +38,26 @@ libjpeg-turbo 3.2.0:
 Just above 10, 12 and 20 the worst file (china, S = 96) is at 40.2 to 40.3. Were reduction to begin at 6, 8 and 16 it
 would be at 37.7; with BOX instead of HAMMING at 37.4 just above 10. Where d is 1 the last column is BOX's own doing:
 it takes whole pixels only. Between 4 and 10, d = 2 would save 40 % of the time of a 1920x1080 file, 3 dB too low.
+
+Memory. Of images above LARGE_IMAGE_PIXELS (as libjpeg decodes them) one at a time is decoded in a process, however many
+threads there are; the others wait for their turn. A rejection holds nothing of the image it is about. At its peak a
+decode takes, per pixel of the file and besides the encoded bytes: JPEG 0.1 bytes (decoded at 1/8) to 8 (progressive,
+CMYK, turned); PNG RGB 4, turned 8, grey of 16 bits 11, RGBA turned 12, with a clear colour 13; GIF and palettes 5 to
+10; TIFF 4 to 11; WebP 16 to 20, the worst with alpha and turned. (Largest resident size of a process, 32 megapixels,
+S = 224, on 2026-11-22.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -66,6 +75,9 @@ DECODE_VERSION = 1
 rounding. Builds of Pillow and libjpeg may differ by a bit in the last place; no version and no canary covers that (the
 canary is about the network, and is fed pixels)."""
 
+LARGE_IMAGE_PIXELS = 32_000_000
+"""Images with more, as they are decoded, take turns: threads that meet several of them need the memory of one."""
+
 Resize = Literal["stretch", "letterbox", "center_crop"]
 
 _LETTERBOX_FILL = (0, 0, 0)
@@ -73,6 +85,13 @@ _WHITE = (255, 255, 255)
 
 # Full pixels per target pixel, on each side, from which libjpeg may decode at 1/divisor; the table above says why.
 _REDUCTIONS = ((20.0, 8), (12.0, 4), (10.0, 2))
+
+_LARGE_IMAGE_TURN = threading.Lock()
+
+# Pillow takes memory for an image in blocks. With its own 16 MiB glibc keeps the freed blocks in the heap of the thread
+# that had its turn: eight threads that decode 40-megapixel PNGs in turns held 1,546 MB, with this 386, one thread 381.
+# More than 32 MiB always goes back at once (M_MMAP_THRESHOLD in mallopt(3)).
+_PILLOW_BLOCK_BYTES = 64 * 2**20
 
 _Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
 _Size = tuple[int, int]  # width, height
@@ -163,6 +182,8 @@ class ImageRejected(Exception):
 def decode_image(encoded: bytes, side_px: int, resize: Resize, max_pixels: int) -> DecodedImage:
     """Decode one image and resize it to a square; safe to call from several threads at once.
 
+    Waits while another thread decodes an image above LARGE_IMAGE_PIXELS, if this one is above it too.
+
     Args:
         encoded: any bytes.
         side_px: S, the side of the square.
@@ -178,14 +199,20 @@ def decode_image(encoded: bytes, side_px: int, resize: Resize, max_pixels: int) 
     """
     name, opener = _identified(encoded)
     _prepare_pillow(max_pixels)
-    try:
-        upright = _loaded(opener(io.BytesIO(encoded)), side_px, resize, max_pixels)
-    except Image.DecompressionBombError:
-        words = f"the header of this {name} announces more pixels than limits.max_pixels, {max_pixels:,}"
-        raise ImageRejected(RejectReason.TOO_MANY_PIXELS, words) from None
-    except _BAD_BYTES as error:
-        raise ImageRejected(_reason(name, encoded, error), f"{name}: {_words(error)}") from None
-    return DecodedImage(np.asarray(_squared(upright, side_px, resize)), *upright.full_size)
+    with contextlib.ExitStack() as turn:
+        try:
+            upright = _loaded(opener(io.BytesIO(encoded)), side_px, resize, max_pixels, turn)
+        except ImageRejected as rejected:
+            reason, words = rejected.reason, rejected.message
+        except Image.DecompressionBombError:
+            reason = RejectReason.TOO_MANY_PIXELS
+            words = f"the header of this {name} announces more pixels than limits.max_pixels, {max_pixels:,}"
+        except _BAD_BYTES as error:
+            reason, words = _reason(name, encoded, error), f"{name}: {_words(error)}"
+        else:
+            return DecodedImage(np.asarray(_squared(upright, side_px, resize)), *upright.full_size)
+    # Not inside `except`: the error there holds the frames it came through, and they the half-decoded image.
+    raise ImageRejected(reason, words)
 
 
 class _Upright(NamedTuple):
@@ -216,23 +243,32 @@ def _identified(encoded: bytes) -> tuple[str, _Opener]:
 
 
 def _prepare_pillow(max_pixels: int) -> None:
-    """Keep Pillow quiet, and its own limit (which some formats apply before we see a size) no lower than ours.
+    """Keep Pillow quiet, its blocks large, and its own limit (which some formats apply before we see a size) no lower
+    than ours.
 
-    Both are settings of the process. They are only ever widened, so threads do not disturb each other; catching
+    All are settings of the process. They are only ever widened, so threads do not disturb each other; catching
     warnings around each call would (`warnings.catch_warnings` is not thread-safe before Python 3.14).
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # Pillow warns above it, and refuses above twice that
+    pillow: Any = Image.core  # type: ignore[attr-defined]  # documented, but without types
+    if pillow.get_block_size() < _PILLOW_BLOCK_BYTES:
+        pillow.set_block_size(_PILLOW_BLOCK_BYTES)
     if list(warnings.filters[:1]) != [_NO_WARNINGS]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _loaded(image: ImageFile.ImageFile, side_px: int, resize: Resize, max_pixels: int) -> _Upright:
+def _loaded(
+    image: ImageFile.ImageFile, side_px: int, resize: Resize, max_pixels: int, turn: contextlib.ExitStack
+) -> _Upright:
+    """The image upright; `turn` is what a large one keeps until its pixels are no longer needed."""
     width, height = image.size
     if width * height > max_pixels:
         words = f"{width:,} x {height:,} pixels are more than limits.max_pixels, {max_pixels:,}"
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, words)
     divisor = _reduce_jpeg(image, side_px, resize) if isinstance(image, JpegImageFile) else 1
+    if image.width * image.height > LARGE_IMAGE_PIXELS:
+        turn.enter_context(_LARGE_IMAGE_TURN)
     image.load()
     if divisor == 1:
         width, height = image.size  # Pillow turns a TIFF upright while it loads it

@@ -12,32 +12,42 @@ import math
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask, TaskPoolStrategy
+from ray.data import (
+    ActorPoolStrategy,
+    DataContext,
+    Dataset,
+    Datasource,
+    ExecutionResources,
+    ReadTask,
+    TaskPoolStrategy,
+)
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayError
 
+from engine.cluster_head import head_watched, require_answer, unreachable
 from engine.errors import ClusterError, EngineError
 from engine.extraction import (
     ExtractJob,
     PartEmbedder,
     Receipt,
     Resolved,
-    ShardWork,
+    decode_part,
     read_parts,
     resolve,
     write_part,
 )
-from engine.plan import READ_TASK_CPUS, WRITE_TASK_CPUS, Machines, Sizing
+from engine.sizing import READ_TASK_CPUS, WRITE_TASK_CPUS, WRITER_BYTES, Machines, Sizing
+from engine.worklist import WorkList
 
 # A part must leave its task as soon as it is ready: at Ray's default of 128 MiB no part moved on for 25 s.
 TARGET_BLOCK_BYTES = 1 << 20
@@ -45,7 +55,7 @@ TARGET_BLOCK_BYTES = 1 << 20
 DOWNSTREAM_CAPACITY_RATIO = 10.0
 # Two parts per actor: one computed on, one waiting in its queue.
 PARTS_IN_FLIGHT_PER_ACTOR = 2
-CONNECT_TIMEOUT_S = 10.0
+OBJECT_STORE_SHARE = 0.3  # of the free memory: Ray's default for a local one
 _FAILURE = "failure"
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -71,7 +81,7 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     _quieten()
-    _require_answer(address)
+    require_answer(address)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -82,14 +92,16 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
             cpus = max(1, math.ceil(local_cpus))
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
-        raise _unreachable(address, " ".join(str(error).split())[:500]) from None
+        raise unreachable(address, " ".join(str(error).split())[:500]) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(
                 signal.SIGTERM, on_sigterm
             )  # ray.init puts its own there, which ends with exit code 15
+    proxied = (address or "").startswith("ray://")  # the proxy holds the session
     try:
-        yield
+        with contextlib.nullcontext() if proxied else head_watched(ray.get_runtime_context().gcs_address):
+            yield
     finally:
         ray.shutdown()
 
@@ -99,29 +111,45 @@ def joins_cluster(address: str | None) -> bool:
     return bool(address or os.environ.get("RAY_ADDRESS"))
 
 
-def _require_answer(address: str | None) -> None:
-    """Look for a listener first: ray.init tries a silent `host:port` for about 12 minutes (Ray 2.60)."""
-    host, colon, port = (address or "").rpartition(":")
-    if not colon or not port.isdecimal() or "/" in host:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise _unreachable(address, str(error)) from None
-
-
-def _unreachable(address: str | None, found: str) -> ClusterError:
-    return ClusterError(
-        f"Ray at {address or 'this machine'} cannot be used",
-        found=found,
-        way_out="check compute.address or RAY_ADDRESS (`ray status` there), or leave both out for a local Ray",
+def machines_here() -> Machines:
+    """This machine, for a local Ray: the cores, GPUs and memory that this process may use."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    gpus = _gpus_here()
+    free = _free_memory_bytes()
+    return Machines(
+        cpus=cpus,
+        gpus=gpus,
+        largest_node_cpus=cpus,
+        largest_node_gpus=gpus,
+        nodes=1,
+        memory=(1 - OBJECT_STORE_SHARE) * free,
+        object_store=OBJECT_STORE_SHARE * free,
     )
 
 
-def machines_here() -> Machines:
-    """This machine, for a local Ray: the cores that this process may use."""
-    cpus = float(len(os.sched_getaffinity(0)))
-    return Machines(cpus=cpus, gpus=0.0, largest_node_cpus=cpus, largest_node_gpus=0.0, nodes=1)
+def _gpus_here() -> float:
+    """NVIDIA devices of this machine or container, as far as CUDA_VISIBLE_DEVICES lets them be seen."""
+    devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return float(len(devices))
+    named = [name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    return float(min(len(devices), len(named)))
+
+
+def _free_memory_bytes() -> float:
+    """Of this machine or this container, as Ray counts it; where neither says, no limit is known."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(
+            1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+        )
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        limits.append(float(int((group / "memory.max").read_text()) - used))
+    return min(limits, default=math.inf)
 
 
 def machines_of_cluster() -> Machines:
@@ -135,7 +163,15 @@ def machines_of_cluster() -> Machines:
             way_out="add worker nodes (a head with num-cpus 0 does no work)",
         )
     gpus = [node.get("GPU", 0.0) for node in nodes]
-    return Machines(sum(cpus), sum(gpus), max(cpus), max(gpus), len(cpus))
+    return Machines(
+        cpus=sum(cpus),
+        gpus=sum(gpus),
+        largest_node_cpus=max(cpus),
+        largest_node_gpus=max(gpus),
+        nodes=len(cpus),
+        memory=sum(node.get("memory", 0.0) for node in nodes if node.get("CPU")),
+        object_store=sum(node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU")),
+    )
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -192,27 +228,45 @@ def run_resolve(job_pieces: tuple[Any, ...], sizing: Sizing) -> Resolved:
 # ---------------------------------------------------------------- Ray Data
 
 
-def run_extract(job: ExtractJob, groups: Sequence[Sequence[ShardWork]], sizing: Sizing) -> Iterator[Receipt]:
+def run_extract(job: ExtractJob, groups: Sequence[WorkList], sizing: Sizing) -> Iterator[Receipt]:
     """Stream shards through readers, actors and writers; receipts come as parts are committed, in any order.
+
+    Where there are fewer read tasks than cores for them, the readers only read, and other tasks decode.
 
     Raises:
         EngineError: as the first stage to fail raised it; parts committed so far stay.
     """
-    _set_data_context()
+    _set_data_context(sizing.bytes_in_flight)
+    needs = sizing.footprint
+    decoders = sizing.decoders(len(groups), sum(sum(group.sizes) for group in groups))
     dataset = ray.data.read_datasource(
-        _ShardSource(job, groups),
+        _ShardSource(ray.put(job), groups, apart=decoders > 0),
         compute=TaskPoolStrategy(size=min(sizing.decode_tasks, len(groups))),
         override_num_blocks=len(groups),
         num_cpus=READ_TASK_CPUS,
+        memory=needs.reader,
     )
+    if decoders:
+        dataset = dataset.map_batches(
+            _decode_row,
+            fn_args=(job,),
+            compute=TaskPoolStrategy(size=decoders),
+            num_cpus=READ_TASK_CPUS,
+            memory=needs.reader,
+            **_ONE_PART_A_CALL,
+        )
     dataset = dataset.map_batches(
         _EmbedActor,
         fn_constructor_args=(job,),
         compute=ActorPoolStrategy(
-            size=sizing.actors, max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT_PER_ACTOR
+            min_size=sizing.min_actors,
+            max_size=sizing.actors,
+            initial_size=sizing.start_actors,
+            max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
         ),
         num_cpus=sizing.actor_cpus,
         num_gpus=sizing.actor_gpus or None,
+        memory=needs.actor,
         **_ONE_PART_A_CALL,
     )
     dataset = dataset.map_batches(
@@ -220,6 +274,7 @@ def run_extract(job: ExtractJob, groups: Sequence[Sequence[ShardWork]], sizing: 
         fn_args=(job,),
         compute=TaskPoolStrategy(size=sizing.writers),
         num_cpus=WRITE_TASK_CPUS,
+        memory=WRITER_BYTES,
         **_ONE_PART_A_CALL,
     )
     for receipt in _column(dataset, "receipt"):
@@ -253,8 +308,16 @@ def run_parts(
 _ONE_PART_A_CALL: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
-def _set_data_context() -> None:
+def _set_data_context(bytes_in_flight: float = math.inf) -> None:
+    """
+    Args:
+        bytes_in_flight: of rows between the stages at most. Ray's own limit is its object store: with a slow actor
+            all 48 parts of a test were read ahead, with 15 parts' bytes as the limit 10 were.
+    """
     context = DataContext.get_current()
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=bytes_in_flight
+    )
     context.target_max_block_size = TARGET_BLOCK_BYTES
     context.enable_progress_bars = False
     context.enable_rich_progress_bars = False
@@ -266,9 +329,9 @@ def _set_data_context() -> None:
 class _ShardSource(Datasource):
     """One read task per group of shards; what a task yields is fixed by its group alone."""
 
-    def __init__(self, job: ExtractJob, groups: Sequence[Sequence[ShardWork]]) -> None:
+    def __init__(self, job: ray.ObjectRef[ExtractJob], groups: Sequence[WorkList], apart: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._job, self._groups = job, groups
+        self._job, self._groups, self._apart = job, groups, apart
 
     def get_name(self) -> str:
         return "Shards"
@@ -277,23 +340,19 @@ class _ShardSource(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        return [ReadTask(_Reader(self._job, tuple(group)), _block_facts(group)) for group in self._groups]
-
-
-def _block_facts(group: Sequence[ShardWork]) -> BlockMetadata:
-    paths = tuple(work.shard.path for work in group)
-    return BlockMetadata(num_rows=None, size_bytes=None, input_files=paths, exec_stats=None)
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(_Reader(self._job, group, self._apart), unknown) for group in self._groups]
 
 
 class _Reader:
-    """Picklable body of a read task."""
+    """Picklable body of a read task; small, for there may be thousands: the job is fetched where it runs."""
 
-    def __init__(self, job: ExtractJob, works: tuple[ShardWork, ...]) -> None:
-        self._job, self._works = job, works
+    def __init__(self, job: ray.ObjectRef[ExtractJob], works: WorkList, apart: bool) -> None:
+        self._job, self._works, self._apart = job, works, apart
 
     def __call__(self) -> Iterator[pa.Table]:
         try:
-            for row in read_parts(self._job, self._works):
+            for row in read_parts(ray.get(self._job), self._works, self._apart):
                 yield _passed(row)
         except EngineError as error:
             yield _failed(error)
@@ -311,6 +370,10 @@ class _EmbedActor:
 
     def __call__(self, row: pa.Table) -> pa.Table:
         return _guarded(self._stage, row)
+
+
+def _decode_row(row: pa.Table, job: ExtractJob) -> pa.Table:
+    return _guarded(lambda part: decode_part(job, part), row)
 
 
 def _write_row(row: pa.Table, job: ExtractJob) -> pa.Table:

@@ -5,9 +5,9 @@ Only values; the blocks of one room (source, backbone, runtime, head ...) stand 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from engine.config import Config
 from engine.storage import Uri
@@ -24,11 +24,26 @@ class EmbeddingOutput(Config):
     """Samples in one part; null: about 64 MB of pixels, a multiple of 64, at most 1,024."""
 
 
+class ActorRange(Config):
+    """A pool of actors that grows and shrinks with the work and the cluster."""
+
+    min: int = Field(1, ge=1, le=4096)
+    """Actors without which the run does not begin."""
+    max: int = Field(ge=1, le=4096)
+    """Actors at most."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ActorRange:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
 class Compute(Config):
     """What runs where. `null` means: taken from the machine or cluster, and shown by `--plan`."""
 
-    actors: int = Field(1, ge=1, le=4096)
-    """Processes that hold the backbone."""
+    actors: Annotated[int, Field(ge=1, le=4096)] | ActorRange = 1
+    """Processes that hold the backbone; `{min: 1, max: 8}`: as many as fit, more when the cluster grows."""
     gpus_per_actor: float = Field(0, ge=0, le=16)
     """GPUs (or a fraction of one) that each actor reserves."""
     cpus_per_actor: float | None = Field(None, gt=0, le=1024)
@@ -37,6 +52,11 @@ class Compute(Config):
     """Shard readers that run at once; null: one per CPU core that no actor has reserved, at least 1."""
     decode_threads: int | None = Field(None, ge=1, le=256)
     """Threads that decode images in each reader; null: 2."""
+    memory_per_actor: int | None = Field(None, ge=1)
+    """Bytes that each actor reserves; null: a quarter more than loading and warming up took."""
+    memory_per_reader: int | None = Field(None, ge=1)
+    """Bytes that each reader reserves; null: enough for two parts of pixels and for one image of
+    `limits.max_pixels` at 8 bytes a pixel (WebP, and PNG with alpha that is to be turned, can take 20)."""
     address: str | None = None
     """Ray cluster to run on: `auto`, `host:6379` or `ray://host:10001`; null: the one that RAY_ADDRESS names (in a
     submitted job Ray sets it), else a local Ray that ends with the job."""

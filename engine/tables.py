@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.errors import ContractMismatch, ObjectNotFound, TableDamaged
-from engine.parts import PartName, Progress, TableProgress, parse_part_name, progress_of
+from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, TableDamaged
+from engine.parts import PartName, Progress, TableProgress, parse_part_name, path16_of
 from engine.schema import SCHEMA_VERSION
 from engine.storage import ObjectInfo, Store
 
@@ -258,9 +258,17 @@ def list_parts(store: Store, folder: str = DATA_FOLDER) -> Iterator[tuple[PartNa
             yield name, info
 
 
+def part_names(store: Store, folder: str = DATA_FOLDER) -> Iterator[PartName]:
+    """As `list_parts`, names only and in any order: for tables of millions of parts."""
+    for path in store.names(folder):
+        name = parse_part_name(path)
+        if name is not None and "/" not in path.removeprefix(folder):
+            yield name
+
+
 def table_progress(store: Store) -> TableProgress:
     """What exists, from one listing of `data/`."""
-    return progress_of(name for name, _ in list_parts(store))
+    return TableProgress(part_names(store))
 
 
 # ---------------------------------------------------------------- reading a table
@@ -314,8 +322,8 @@ def open_table(store: Store, kind: str = "embeddings") -> Table:
     """
     record = require_record(store, kind)
     listed = list(list_parts(store))
-    progress = progress_of(name for name, _ in listed)
-    chosen = {path16: _version_to_read(versions) for path16, versions in progress.items()}
+    progress = TableProgress(name for name, _ in listed)
+    chosen = {path16: version_to_read(versions) for path16, versions in progress.items()}
     parts = tuple((name, info) for name, info in listed if chosen[name.path16] == name.source8)
     incomplete = sum(not progress[path16][version].is_complete for path16, version in chosen.items())
     return Table(store, record, parts, incomplete)
@@ -347,7 +355,7 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
         ) from None
 
 
-def _version_to_read(versions: Mapping[str, Progress]) -> str:
+def version_to_read(versions: Mapping[str, Progress]) -> str:
     """A complete version before a half-done one, then the one with more parts, then by name.
 
     Two complete versions stand side by side only until a run's sweep; each of them is whole.
@@ -360,22 +368,30 @@ def _version_to_read(versions: Mapping[str, Progress]) -> str:
 # ---------------------------------------------------------------- rejects
 
 
-def count_rejects(store: Store) -> tuple[Counter[str], Counter[PartName]]:
+def count_rejects(store: Store, progress: TableProgress) -> tuple[Counter[str], Counter[PartName]]:
     """Rejects of the whole table, of one version per shard: by reason, and by part.
 
     Reads rejects files only, and of these only such that have their data part.
+
+    Args:
+        progress: of the table, from `table_progress`.
     """
     reasons: Counter[str] = Counter()
     by_part: Counter[PartName] = Counter()
-    committed = [name for name, _ in list_parts(store)]
-    chosen = {path16: _version_to_read(found) for path16, found in progress_of(committed).items()}
-    counting = {name for name in committed if chosen[name.path16] == name.source8}
-    names = [name for name, _ in list_parts(store, REJECTS_FOLDER) if name in counting]
+    names = [name for name in part_names(store, REJECTS_FOLDER) if is_read(progress, name)]
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for name, errors in zip(names, pool.map(lambda name: _errors_of(store, name), names), strict=True):
             reasons.update(errors)
             by_part[name] = len(errors)
     return reasons, by_part
+
+
+def is_read(progress: TableProgress, name: PartName) -> bool:
+    """Whether a part exists, and is of the version of its shard that readers of the table get."""
+    versions = progress.get(name.path16, {})
+    if name.source8 not in versions or version_to_read(versions) != name.source8:
+        return False
+    return name.number in versions[name.source8].numbers
 
 
 def _errors_of(store: Store, name: PartName) -> list[str]:
@@ -389,55 +405,63 @@ def _errors_of(store: Store, name: PartName) -> list[str]:
 
 
 def parts_with_rejects(store: Store) -> list[PartName]:
-    """Committed parts beside which a rejects file stands, from two listings."""
-    committed = {name for name, _ in list_parts(store)}
-    return [name for name, _ in list_parts(store, REJECTS_FOLDER) if name in committed]
+    """Parts, by name, beside which a rejects file stands; perhaps one that was never committed."""
+    return list(part_names(store, REJECTS_FOLDER))
 
 
 # ---------------------------------------------------------------- the sweep
 
 
-def sweep(store: Store, shard_paths: Mapping[str, str], identity8_now: Callable[[str], str | None]) -> int:
+def sweep(store: Store, identity8_now: Callable[[str], str | None]) -> int:
     """Delete parts of superseded versions: only where the version the shard has *now* is complete.
 
     Args:
         store: rooted at the table.
-        shard_paths: path16 -> relative path, of the shards that this run listed.
-        identity8_now: asks the source again for a shard's version (source8); None where the shard is gone.
+        identity8_now: asks the source for a shard's version (source8) by its path; None where the shard is gone.
 
     Returns:
         Number of data parts deleted.
     """
-    listed = list(list_parts(store))
-    progress = progress_of(name for name, _ in listed)
+    progress = table_progress(store)
     superseded: set[tuple[str, str]] = set()
-    for path16, versions in progress.items():
-        if len(versions) < 2 or path16 not in shard_paths:
-            continue
-        current = identity8_now(shard_paths[path16])
+    for path16, path in shard_paths(store, frozenset(progress.in_several_versions())).items():
+        versions, current = progress[path16], identity8_now(path)
         if current in versions and versions[current].is_complete:
             superseded.update((path16, version) for version in versions if version != current)
-    doomed = [name for name, _ in listed if (name.path16, name.source8) in superseded]
+    doomed = []
+    if superseded:
+        doomed = [name for name in part_names(store) if (name.path16, name.source8) in superseded]
     for name in doomed:
         store.delete(f"{DATA_FOLDER}{name}")  # data first: rejects without their data part do not count
         store.delete(f"{REJECTS_FOLDER}{name}")
-    _sweep_orphaned_rejects(store, shard_paths, identity8_now)
+    _sweep_orphaned_rejects(store, identity8_now)
     return len(doomed)
 
 
-def _sweep_orphaned_rejects(
-    store: Store, shard_paths: Mapping[str, str], identity8_now: Callable[[str], str | None]
-) -> None:
+def _sweep_orphaned_rejects(store: Store, identity8_now: Callable[[str], str | None]) -> None:
     """Delete rejects files of old versions whose data part a killed sweep has deleted, or a killed run never wrote."""
-    rejects = [name for name, _ in list_parts(store, REJECTS_FOLDER)]
+    rejects = list(part_names(store, REJECTS_FOLDER))
     if not rejects:
         return
-    committed = {name for name, _ in list_parts(store)}
+    progress = table_progress(store)
     for name in rejects:
-        if name not in committed and name.path16 in shard_paths:
-            current = identity8_now(shard_paths[name.path16])
+        done = progress.get(name.path16, {}).get(name.source8)
+        if done is None or name.number not in done.numbers:
+            path = _path_in_rejects(store, name)
+            current = identity8_now(path) if path is not None else None
             if current is not None and current != name.source8:
                 store.delete(f"{REJECTS_FOLDER}{name}")
+
+
+def _path_in_rejects(store: Store, name: PartName) -> str | None:
+    """The shard that a rejects file belongs to; None where the file is gone, or nobody's."""
+    try:
+        encoded = store.read(f"{REJECTS_FOLDER}{name}")
+        paths = pq.read_table(io.BytesIO(encoded), columns=["shard"])["shard"]
+    except (ObjectNotFound, pa.ArrowInvalid, KeyError):
+        return None
+    path: str | None = paths[0].as_py() if len(paths) else None
+    return path if path is not None and path16_of(path) == name.path16 else None
 
 
 def shard_paths(store: Store, wanted: Collection[str]) -> dict[str, str]:
@@ -446,12 +470,24 @@ def shard_paths(store: Store, wanted: Collection[str]) -> dict[str, str]:
 
 
 def _parts_of_shards(store: Store, wanted: Collection[str]) -> list[PartName]:
-    return [name for name, _ in list_parts(store) if name.path16 in wanted]
+    return [name for name in part_names(store) if name.path16 in wanted] if wanted else []
 
 
 def _paths_of(store: Store, parts: Iterable[PartName]) -> dict[str, str]:
     one_part = {name.path16: name for name in parts}
-    return {path16: read_embedding_facts(store, name).shard for path16, name in one_part.items()}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        facts = pool.map(lambda name: _facts_if_there(store, name), one_part.values())
+        return {
+            path16: found.shard for path16, found in zip(one_part, facts, strict=True) if found is not None
+        }
+
+
+def _facts_if_there(store: Store, name: PartName) -> EmbeddingPartFacts | None:
+    """None where another run has just swept the part away."""
+    try:
+        return read_embedding_facts(store, name)
+    except (ObjectNotFound, ObjectChanged):
+        return None
 
 
 def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]) -> tuple[int, list[str]]:

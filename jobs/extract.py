@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,17 @@ from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.accounting import RunTotals
-    from engine.extraction import ExtractJob, Resolved, ShardWork
+    from engine.extraction import ExtractJob, Resolved
     from engine.parts import TableProgress
-    from engine.plan import Machines, PendingShards, Sizing
+    from engine.plan import PendingShards
     from engine.shards.base import ShardReader
+    from engine.sizing import Machines, Sizing
     from engine.storage import Store
     from engine.tables import Record
+    from engine.worklist import WorkList
+
+
+FAILED_SHARDS_NAMED = 100  # in the summary; all of them are named on stderr
 
 
 class ExtractRecipe(Config):
@@ -75,7 +81,7 @@ def run(
         run_extract,
         run_resolve,
     )
-    from engine.plan import check_prune, read_tasks, size_up
+    from engine.plan import check_prune, read_tasks
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
@@ -83,20 +89,25 @@ def run(
     _announce(recipe, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
-    totals, sizing = RunTotals(), size_up(recipe.compute, machines_here())
+    totals, sizing = RunTotals(), _sizing(recipe, found, machines_here())
     totals.start(pending.works)
-    groups: list[tuple[ShardWork, ...]] = []
+    if pending.works and not joins_cluster(recipe.compute.address):
+        _require_room(sizing, machines_here(), can_grow=False)
+    groups: list[WorkList] = []
     # A table that names this very backbone need not be resolved again: each actor proves that it holds the same one.
     same_backbone = found is not None and found["backbone"] == recipe.backbone.model_dump(mode="json")
     record = found if same_backbone else None
     if pending.works or record is None:
         with ray_session(recipe.compute.address, local_cpus=sizing.cpus_reserved):
             machines = machines_of_cluster()
-            sizing = size_up(recipe.compute, machines)
-            _require_room(sizing, machines, can_grow=joins_cluster(recipe.compute.address))
             if record is None:
+                _require_room(
+                    _sizing(recipe, None, machines), machines, joins_cluster(recipe.compute.address)
+                )
                 resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing)
                 record = _claim(recipe, table, found, resolved)
+            sizing = _sizing(recipe, record, machines)
+            _require_room(sizing, machines, joins_cluster(recipe.compute.address))
             groups = read_tasks(pending.works, sizing.decode_tasks)
             if groups:
                 _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
@@ -113,6 +124,7 @@ def run(
         "shards_skipped": pending.shards_done,
         "shards_done": totals.shards_done,
         "shards_failed": len(totals.damage),
+        "failed_shards": dict(itertools.islice(sorted(totals.damage.items()), FAILED_SHARDS_NAMED)),
         "shards_removed": len(pending.removed),
         "parts_written": totals.parts_written,
         "parts_pruned": pruned,
@@ -135,16 +147,19 @@ def plan(
     replay_rejects: bool = False,
 ) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing."""
-    from engine.on_ray import machines_here
-    from engine.plan import check_prune, read_tasks, size_up
+    from engine.on_ray import joins_cluster, machines_here
+    from engine.plan import check_prune, read_tasks
 
     prune = prune or prune_up_to is not None
     _, table, record, pending = _look(recipe, replay_rejects)
     _announce(recipe, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
-    sizing = size_up(recipe.compute, machines_here())
-    rows_per_part = _rows_per_part(recipe, record)
+    machines = machines_here()
+    sizing = _sizing(recipe, record, machines)
+    if not joins_cluster(recipe.compute.address):
+        _require_room(sizing, machines, can_grow=False)
+    groups = read_tasks(pending.works, sizing.decode_tasks)
     return {
         "verb": "extract",
         "table": table.uri,
@@ -155,20 +170,25 @@ def plan(
         "shards_replaced": len(pending.replaced),
         "shards_removed": len(pending.removed),
         "bytes_pending": pending.bytes_total,
-        "read_tasks": len(read_tasks(pending.works, sizing.decode_tasks)),
-        "rows_per_part": rows_per_part,
-        "pixel_bytes_per_part": rows_per_part * recipe.backbone.input_size**2 * 3,
-        "actors": sizing.actors,
+        "read_tasks": len(groups),
+        "rows_per_part": _rows_per_part(recipe, record),
+        "pixel_bytes_per_part": sizing.footprint.part,
+        "actors": sizing.start_actors,
+        "actors_at_most": sizing.actors,
         "threads_per_actor": sizing.embed_threads,
         "decode_tasks": sizing.decode_tasks,
         "decode_threads": sizing.decode_threads,
+        "tasks_that_only_decode": sizing.decoders(len(groups), pending.bytes_total),
+        "memory_per_actor": sizing.footprint.actor,
+        "memory_per_reader": sizing.footprint.reader,
+        "memory_in_all": sizing.bytes_in_all,
+        "parts_in_flight_at_most": sizing.bytes_in_flight // sizing.footprint.part,
         "runs_on": recipe.compute.address or "the cluster of RAY_ADDRESS if that is set, else a local Ray",
     }
 
 
 def _look(recipe: ExtractRecipe, replay_rejects: bool) -> tuple[Store, Store, Record | None, PendingShards]:
     """The listings, and the table's record; refuses what is known to be wrong before anything starts."""
-    from engine.parts import progress_without
     from engine.plan import pending_shards
     from engine.shards.kinds import open_reader
     from engine.storage import open_store
@@ -182,7 +202,7 @@ def _look(recipe: ExtractRecipe, replay_rejects: bool) -> tuple[Store, Store, Re
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
     progress = table_progress(table)
     if replay_rejects:
-        progress = progress_without(progress, parts_with_rejects(table))
+        progress = progress.without(parts_with_rejects(table))
     pending = pending_shards(reader.list_shards(source), progress)
     if reader.regroups and pending.removed:
         pending = _without_regrouped(reader, source, table, pending)
@@ -219,23 +239,26 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> Non
         say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts {fate}")
 
 
-def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:
-    """Refuse a layout that a local Ray can never hold; a cluster may grow, so there it is a warning."""
-    from engine.errors import ClusterError
+def _sizing(recipe: ExtractRecipe, record: Record | None, machines: Machines) -> Sizing:
+    """The layout on these machines; what an actor takes is known once the table's record says it."""
+    from engine.sizing import footprint, size_up
 
-    cpus, gpus = sizing.actors * sizing.actor_cpus + 1, sizing.actors * sizing.actor_gpus
-    if machines.cpus >= cpus and machines.gpus >= gpus:
-        return
-    found = f"{machines.cpus:g} CPUs and {machines.gpus:g} GPUs"
-    wanted = f"{cpus:g} CPUs and {gpus:g} GPUs for {sizing.actors} actors and a reader"
-    if not can_grow:
-        raise ClusterError(
-            "this machine cannot hold what compute asks for",
-            found=found,
-            wanted=wanted,
-            way_out="lower compute.actors or compute.gpus_per_actor, or give the compute.address of a cluster",
-        )
-    say(f"warning: the cluster has {found} now, and needs {wanted}: waiting for it to grow")
+    same = record is not None and record["runtime"] == recipe.runtime.model_dump(mode="json")
+    needs = footprint(
+        recipe.compute,
+        recipe.limits,
+        _rows_per_part(recipe, record),
+        recipe.backbone.input_size,
+        record.get("actor_peak_bytes") if record is not None and same else None,
+    )
+    return size_up(recipe.compute, machines, needs)
+
+
+def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:
+    from engine.sizing import check_room
+
+    if warning := check_room(sizing, machines, can_grow):
+        say(f"warning: {warning}")
 
 
 def _rows_per_part(recipe: ExtractRecipe, record: Record | None) -> int:
@@ -292,6 +315,7 @@ def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved:
             "source_uri": contract["source.uri"],
             "backbone": recipe.backbone.model_dump(mode="json"),
             "runtime": recipe.runtime.model_dump(mode="json"),
+            "actor_peak_bytes": resolved.peak_bytes,
             "engine_version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
@@ -344,7 +368,7 @@ def _clean_up(
     from engine.tables import prune, sweep, table_progress
 
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
-    swept = sweep(table, pending.path_of, lambda path: _version_now(reader, source, path))
+    swept = sweep(table, lambda path: _version_now(reader, source, path))
     if pending.regrouped:
         progress = table_progress(table)
         taken_over, _ = prune(

@@ -8,10 +8,11 @@ import pytest
 
 from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
 from engine.errors import TableDamaged
-from engine.extraction import PartHeader, Receipt, ShardWork
+from engine.extraction import PartHeader, Receipt
 from engine.parts import Progress
 from engine.recipes import Limits
 from engine.storage import ObjectInfo, Store, open_store
+from engine.worklist import ShardWork
 from tests.test_tables import write
 
 WORK = ShardWork(ObjectInfo("a.tar", 100, "v1"), Progress((0,)))

@@ -18,8 +18,8 @@ from engine.extraction import (
     PartEmbedder,
     PartHeader,
     Receipt,
-    ShardWork,
     _without_unusable,
+    decode_part,
     default_rows_per_part,
     read_parts,
     resolve,
@@ -32,6 +32,7 @@ from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.shards.kinds import WebDatasetSource
 from engine.storage import ObjectInfo, StorageConfig, open_store
 from engine.tables import list_parts, read_embedding_facts, read_part
+from engine.worklist import ShardWork
 from tests.flows.archives import crop_jpeg, shard_bytes
 from tests.shards.archives import member, tar_bytes
 
@@ -252,3 +253,48 @@ def test_an_actor_that_computes_other_numbers_stops_and_one_that_agrees_works(jo
     assert answer.array is not None and answer.array.shape == (3, 1280)
     with pytest.raises(CanaryMismatch, match="decode_version 0"):
         PartEmbedder(replace(agreed, fingerprint_fields=fields | {"decode_version": 0}))
+
+
+@pytest.mark.parametrize("encoded_bytes", [10**9, 5_000])
+@pytest.mark.parametrize("keeps_bytes", [False, True])
+def test_parts_that_are_decoded_apart_are_those_that_are_decoded_where_they_are_read(
+    job: ExtractJob, keeps_bytes: bool, encoded_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.extraction.MAX_ENCODED_BYTES", encoded_bytes)
+    job = replace(job, limits=Limits(keep_reject_bytes=keeps_bytes, max_sample_bytes=20_000))
+    good = crop_jpeg(1)[0]
+    members = [member(f"a{number:03d}.jpg", crop_jpeg(number)[0]) for number in range(20)]
+    members += [
+        member("b.jpg", b"not an image"),
+        member("c.jpg", b""),
+        member("d.jpg", b"x" * 30_000),
+        member("e.txt", b"no image"),
+        member("f.jpg", good),
+        member("f.cls", b"\xff\xfe not text"),
+        member("g.jpg", good[: len(good) // 2]),
+    ]
+    shard = put_shard(job, tar_bytes(members))
+    work = ShardWork(shard, Progress((1,)))
+    wanted = [Part.from_row(row) for row in read_parts(job, [work])]
+    rows = list(read_parts(job, [work], apart=True))
+    undecoded = [Part.from_row(row).encoded is not None for row in rows]
+    assert undecoded == [encoded_bytes == 10**9] * len(rows)
+    found = [Part.from_row(decode_part(job, row)) for row in rows]
+    assert len(found) == len(wanted) == 1
+    for left, right in zip(found, wanted, strict=True):
+        times = {"read_s": 0.0, "decode_s": 0.0}
+        assert replace(left.header, **times) == replace(right.header, **times)  # type: ignore[arg-type]
+        assert left.samples == right.samples and left.rejects == right.rejects
+        np.testing.assert_array_equal(left.array, right.array)
+
+
+def test_a_shard_that_breaks_off_is_told_whether_or_not_it_is_decoded_apart(job: ExtractJob) -> None:
+    shard = put_shard(job, shard_bytes(0, 40)[:-20_000])
+    wanted = [part.header for part in parts_of(job, shard)]
+    found = [
+        Part.from_row(decode_part(job, row)).header for row in read_parts(job, [ShardWork(shard)], apart=True)
+    ]
+    assert [(h.number, h.samples, h.damage) for h in found] == [
+        (h.number, h.samples, h.damage) for h in wanted
+    ]
+    assert found[-1].damage is not None

@@ -6,11 +6,15 @@ import io
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import threading
+import traceback
 import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,15 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from engine.images import DECODE_VERSION, DecodedImage, ImageRejected, Resize, decode_image
+from engine import images
+from engine.images import (
+    DECODE_VERSION,
+    LARGE_IMAGE_PIXELS,
+    DecodedImage,
+    ImageRejected,
+    Resize,
+    decode_image,
+)
 from engine.schema import RejectReason
 
 NO_LIMIT = 178_956_970  # the default of limits.max_pixels
@@ -564,6 +576,77 @@ def test_threads_decode_the_same_as_one() -> None:
     with ThreadPoolExecutor(4, initializer=start.wait) as pool:
         for wanted, found in zip(alone, pool.map(one, names), strict=True):
             np.testing.assert_array_equal(found, wanted)
+
+
+PEAK_OF_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from engine.images import ImageRejected, decode_image
+
+def one(name):
+    try:
+        return decode_image(Path(name).read_bytes(), 32, "stretch", 10**9).width_px
+    except ImageRejected as rejected:
+        return rejected.reason
+
+with ThreadPoolExecutor(int(sys.argv[1])) as pool:
+    print(*pool.map(one, sys.argv[2:]))
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(peak.split()[1])
+"""
+
+
+def peak_bytes(threads: int, files: list[Path]) -> tuple[list[str], int]:
+    """What came of decoding these files in a process of its own, and the most memory that it had at once."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_THREADS, str(threads), *map(str, files)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    outcomes, peak_kib = ended.stdout.splitlines()
+    return outcomes.split(), int(peak_kib) * 1024
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux says what a process held at most"
+)
+def test_four_threads_that_meet_large_images_need_the_memory_of_one(tmp_path: Path) -> None:
+    width, height = (
+        6607,
+        5003,
+    )  # 33 megapixels: 132 MB as Pillow holds them, and as much again to be turned upright
+    assert width * height > LARGE_IMAGE_PIXELS
+    whole = encode(Image.new("RGB", (width, height), (17, 31, 101)), "PNG", compress_level=1, exif=exif(6))
+    files = [tmp_path / name for name in "abcdef"]
+    for file in files:
+        file.write_bytes(whole)
+    files[1].write_bytes(whole[:-5000])  # its turn ends too
+    found, peak = peak_bytes(4, files)
+    assert found == [str(height), "truncated_image"] + [str(height)] * 4
+    assert peak < 2 * 4 * width * height + 150e6, f"four threads held {peak / 1e6:.0f} MB"
+    print(f"four threads held {peak / 1e6:.0f} MB")
+
+
+def test_a_jpeg_that_libjpeg_reduces_is_not_a_large_image() -> None:
+    """40 megapixels at an eighth are 0.6: nobody has to wait for them."""
+    encoded = encode(Image.new("L", (8009, 5003)), "JPEG")
+    with images._LARGE_IMAGE_TURN:
+        assert decode(encoded, 32).width_px == 8009
+
+
+def test_a_rejection_holds_nothing_of_the_half_decoded_image() -> None:
+    """A part keeps up to 1,024 of them: with 12 megapixels each that would be 37 GB."""
+    cut = encode(photo(40, 30), "PNG")[:-300]
+    for encoded in (cut, encode(Image.new("F", (40, 30)), "TIFF"), png_header(99_999, 99_999)):
+        with pytest.raises(ImageRejected) as rejected:
+            decode(encoded)
+        assert rejected.value.__context__ is None
+        held = [frame.f_locals.values() for frame, _ in traceback.walk_tb(rejected.tb)]
+        assert len(held) == 3  # this test, its helper, decode_image
+        assert not [value for values in held for value in values if isinstance(value, Image.Image)]
 
 
 def test_a_rejection_survives_pickling() -> None:

@@ -7,10 +7,10 @@ import pytest
 from engine.parts import (
     PartName,
     Progress,
+    TableProgress,
     parse_part_name,
     part_name,
     prediction_name,
-    progress_of,
     slug_of,
 )
 
@@ -95,10 +95,10 @@ def test_progress_is_the_same_for_every_order_of_the_listing() -> None:
     for shard in ("a.tar", "b.tar", "a-tar"):
         for identity in ("v1", "v2"):
             names += [part_name(shard, identity, number, number == 4) for number in (0, 1, 2, 4)]
-    wanted = progress_of(sorted(names, key=str))
+    wanted = TableProgress(sorted(names, key=str))
     shuffled = list(names)
     random.Random(7).shuffle(shuffled)
-    assert progress_of(shuffled) == wanted
+    assert TableProgress(shuffled) == wanted
     assert len(wanted) == 3
     assert all(
         done == Progress((0, 1, 2, 4), last=4) for versions in wanted.values() for done in versions.values()

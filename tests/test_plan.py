@@ -1,13 +1,12 @@
-"""Pending = inputs - outputs, read tasks of equal size, and how a run is laid out on machines."""
+"""Pending = inputs - outputs, read tasks of equal size, and how much may be pruned."""
 
 import pytest
 
 from engine.errors import PruneRefused
-from engine.extraction import ShardWork
-from engine.parts import part_name, path16_of, progress_of, progress_without
-from engine.plan import Machines, check_prune, pending_shards, read_tasks, size_up
-from engine.recipes import Compute
+from engine.parts import TableProgress, part_name, path16_of
+from engine.plan import MAX_READ_TASKS, check_prune, pending_shards, read_tasks
 from engine.storage import ObjectInfo
+from engine.worklist import ShardWork, WorkList
 
 
 def shard(path: str, size: int = 100, version: str = "v1") -> ObjectInfo:
@@ -19,7 +18,7 @@ def test_pending_is_what_is_listed_minus_what_is_complete() -> None:
     half = [part_name("b.tar", "v1", 0, False)]
     gone = [part_name("z.tar", "v1", 0, True)]
     pending = pending_shards(
-        [shard("a.tar"), shard("b.tar"), shard("c.tar", 7)], progress_of(done + half + gone)
+        [shard("a.tar"), shard("b.tar"), shard("c.tar", 7)], TableProgress(done + half + gone)
     )
     assert (pending.shards_total, pending.shards_done) == (3, 1)
     assert [(work.shard.path, work.existing.numbers) for work in pending.works] == [
@@ -32,7 +31,7 @@ def test_pending_is_what_is_listed_minus_what_is_complete() -> None:
 
 
 def test_a_replaced_shard_is_pending_again_and_said_to_be_replaced() -> None:
-    progress = progress_of([part_name("a.tar", "v1", 0, True)])
+    progress = TableProgress([part_name("a.tar", "v1", 0, True)])
     pending = pending_shards([shard("a.tar", version="v2")], progress)
     assert [work.existing.numbers for work in pending.works] == [()]
     assert pending.replaced == ("a.tar",)
@@ -41,9 +40,7 @@ def test_a_replaced_shard_is_pending_again_and_said_to_be_replaced() -> None:
 def test_parts_with_rejects_that_are_done_again_leave_the_others_alone() -> None:
     parts = [part_name("a.tar", "v1", number, last=number == 2) for number in range(3)]
     parts.append(part_name("b.tar", "v1", 0, True))
-    pending = pending_shards(
-        [shard("a.tar"), shard("b.tar")], progress_without(progress_of(parts), [parts[1]])
-    )
+    pending = pending_shards([shard("a.tar"), shard("b.tar")], TableProgress(parts).without([parts[1]]))
     assert [(work.shard.path, work.existing.numbers, work.existing.last) for work in pending.works] == [
         ("a.tar", (0, 2), 2)
     ]
@@ -58,7 +55,7 @@ def test_a_tenth_of_the_table_may_be_pruned_or_the_number_given(
 ) -> None:
     parts = [part_name(f"{number}.tar", "v1", 0, True) for number in range(19)]
     listed = [shard(f"{number}.tar") for number in range(removed, 19)]
-    pending = pending_shards(listed, progress_of(parts))
+    pending = pending_shards(listed, TableProgress(parts))
     if not refused:
         check_prune(pending, up_to)
         return
@@ -67,30 +64,21 @@ def test_a_tenth_of_the_table_may_be_pruned_or_the_number_given(
 
 
 def test_small_shards_share_read_tasks_and_large_ones_do_not() -> None:
-    works = [ShardWork(shard(f"{i:05d}.tar", size)) for i, size in enumerate([1] * 4000 + [1 << 30] * 2)]
+    sizes = [1] * 4000 + [1 << 30] * 2
+    works = WorkList(ShardWork(shard(f"{i:05d}.tar", size)) for i, size in enumerate(sizes))
     groups = read_tasks(works, min_tasks=2)
-    assert [work for group in groups for work in group] == works
+    assert [work for group in groups for work in group] == list(works)
     assert [len(group) for group in groups] == [1000, 1000, 1000, 1000, 1, 1]
 
 
 def test_few_small_shards_still_keep_every_reader_busy() -> None:
-    works = [ShardWork(shard(f"{i}.tar", 1000)) for i in range(8)]
+    works = WorkList(ShardWork(shard(f"{i}.tar", 1000)) for i in range(8))
     assert [len(group) for group in read_tasks(works, min_tasks=2)] == [1] * 8
-    assert read_tasks([], min_tasks=2) == []
+    assert read_tasks(WorkList(), min_tasks=2) == []
 
 
-def test_actors_of_a_node_share_its_cores() -> None:
-    node = Machines(cpus=8, gpus=0, largest_node_cpus=8, largest_node_gpus=0, nodes=1)
-    sizing = size_up(Compute(actors=2), node)
-    assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (4, 6, 8)
-    three_nodes = Machines(cpus=24, gpus=0, largest_node_cpus=8, largest_node_gpus=0, nodes=3)
-    assert size_up(Compute(actors=4), three_nodes).embed_threads == 4
-    assert (
-        size_up(Compute(actors=1, cpus_per_actor=5, decode_tasks=2, decode_threads=3), node).cpus_reserved
-        == 7
-    )
-
-
-def test_one_core_is_enough() -> None:
-    sizing = size_up(Compute(), Machines(1, 0, 1, 0, 1))
-    assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (1, 1, 2)
+def test_very_many_large_shards_share_read_tasks_too() -> None:
+    works = WorkList(ShardWork(shard(f"{i:06d}.tar", 1 << 30)) for i in range(3 * MAX_READ_TASKS))
+    groups = read_tasks(works, min_tasks=2)
+    assert {len(group) for group in groups} == {3}
+    assert sum(len(group) for group in groups) == len(works)

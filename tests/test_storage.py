@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -315,12 +316,15 @@ class SloppyStore(BaseHTTPRequestHandler):
         self.objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
         self.answer(200, b"", self.objects[self.path])
 
+    def tag(self, content: bytes) -> str:
+        return str(hash(content))
+
     def answer(self, status: int, body: bytes, tagged: bytes | None = None) -> None:
         self.requests.append(self.command)
         self.conditions.append(self.headers["If-Match"])
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hash(body if tagged is None else tagged)}"')
+        self.send_header("ETag", f'"{self.tag(body if tagged is None else tagged)}"')
         self.end_headers()
         self.wfile.write(body)
 
@@ -338,6 +342,13 @@ class RefusingStore(SloppyStore):
         self.answer(
             self.status, f"<Error><Code>{self.code}</Code><Message>so it is</Message></Error>".encode()
         )
+
+
+class MisleadingStore(SloppyStore):
+    """A store whose ETags have the look of an MD5, as those of objects under keys of their own have on AWS."""
+
+    def tag(self, content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()[:32]
 
 
 class HangingStore(SloppyStore):
@@ -474,3 +485,29 @@ def test_a_create_whose_answer_is_lost_is_still_ours(proxy: FaultyProxy, s3_uri:
     assert store.create("_table.json", b"mine") is True
     assert proxy.faults() == {"lost": 1}
     assert store.create("_table.json", b"theirs") is False
+
+
+def test_a_flipped_bit_in_a_whole_object_is_noticed_by_its_digest_and_read_again(
+    proxy: FaultyProxy, s3_uri: str
+) -> None:
+    store = open_store(s3_uri, StorageConfig(endpoint_url=proxy.endpoint_url))
+    data = bytes(range(251)) * 2003
+    infos = [store.write(f"{i}", data[i:]) for i in range(20)]
+    proxy.set_faults(match="^GET", corrupt=0.5)
+    for i, info in enumerate(infos):
+        assert store.read(info.path, expected=info) == data[i:]
+        with store.open_input(info) as stream:  # shorter than a block: read whole
+            assert stream.read() == data[i:]
+    assert proxy.faults()["corrupt"] >= 5
+
+
+def test_a_store_whose_etags_only_look_like_digests_is_read_twice_once(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.storage.s3_download._buckets_without_md5", set())
+    with serving(MisleadingStore) as (endpoint, handler):
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=endpoint))
+        infos = [store.write(name, b"12345") for name in "ab"]
+        handler.requests.clear()
+        assert [store.read(info.path, expected=info) for info in infos] == [b"12345"] * 2
+        assert handler.requests == ["GET"] * 3

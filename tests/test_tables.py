@@ -175,7 +175,7 @@ def test_a_part_of_rejects_only_has_no_rows_and_still_commits(store: Store) -> N
     write(store, "a.tar", 0, last=True, rows=0, reasons=("empty_sample",))
     claim_table(store, record())
     assert open_table(store).read(["key"]).num_rows == 0
-    assert count_rejects(store)[0] == {"empty_sample": 1}
+    assert count_rejects(store, table_progress(store))[0] == {"empty_sample": 1}
 
 
 def test_a_writer_without_rejects_removes_a_leftover(store: Store) -> None:
@@ -189,7 +189,7 @@ def test_rejects_whose_data_part_was_never_committed_do_not_count(store: Store) 
     name = write(store, "a.tar", 0, last=True, reasons=("no_image",))
     write(store, "b.tar", 0, last=True, reasons=("no_image", "corrupt_image"))
     store.delete(f"data/{name}")
-    reasons, by_part = count_rejects(store)
+    reasons, by_part = count_rejects(store, table_progress(store))
     assert reasons == {"no_image": 1, "corrupt_image": 1}
     assert by_part.total() == 2
 
@@ -241,17 +241,13 @@ def test_the_footer_is_found_behind_a_large_part(store: Store) -> None:
 
 
 def test_the_sweep_removes_old_versions_only_once_the_present_one_is_complete(store: Store) -> None:
-    paths = {path16_of("a.tar"): "a.tar"}
     write(store, "a.tar", 0, last=True, identity="old", reasons=("no_image",))
     write(store, "a.tar", 0, last=False, identity="new")
-    assert sweep(store, paths, lambda _: hash8_of("new")) == 0
+    assert sweep(store, lambda _: hash8_of("new")) == 0
     write(store, "a.tar", 1, last=True, identity="new")
-    assert (
-        sweep(store, paths, lambda _: hash8_of("newer")) == 0
-    )  # replaced again since: nothing is superseded yet
-    assert sweep(store, paths, lambda _: None) == 0  # gone from the source
-    assert sweep(store, {}, lambda _: hash8_of("new")) == 0  # not this run's business
-    assert sweep(store, paths, lambda _: hash8_of("new")) == 1
+    assert sweep(store, lambda _: hash8_of("newer")) == 0  # replaced again since: nothing is superseded yet
+    assert sweep(store, lambda _: None) == 0  # gone from the source
+    assert sweep(store, lambda _: hash8_of("new")) == 1
     assert set(table_progress(store)[path16_of("a.tar")]) == {hash8_of("new")}
     assert list(store.list("rejects/")) == []
 

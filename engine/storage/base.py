@@ -109,6 +109,10 @@ class Store(ABC):
             ObjectNotFound: the bucket does not exist.
         """
 
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """The paths of `list` alone, in any order: on a disk a fraction of the work, since no file is looked at."""
+        return (info.path for info in self.list(prefix))
+
     @abstractmethod
     def info(self, path: str) -> ObjectInfo:
         """The object's present size and identity, equal to what `list` says.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -30,6 +31,11 @@ _TEMPORARY_NAME = re.compile(r"\.engine-[0-9a-f]{32}\.tmp")
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FolderId = tuple[int, int]  # device and inode
 _NO_FOLDER = (-1, -1)
+_WAYS_OUT = {
+    errno.ENOSPC: "the disk is full: make room on it, then run again; what was written before is whole and stays",
+    errno.EDQUOT: "the quota is used up: make room or have it raised, then run again; what was written before stays",
+    errno.EROFS: "mount the disk so that it can be written to, or choose another place",
+}
 
 
 @final
@@ -48,6 +54,10 @@ class LocalStore(Store):
         if os.path.exists(self.uri) and not os.path.isdir(self.uri):
             raise StorageError(f"{self.uri} is a file, not a folder", way_out="give the folder that holds it")
         return self._walk(f"{folder}/" if folder else "", prefix, ())
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        folder = checked_prefix(prefix, self.uri).rpartition("/")[0]
+        return self._walk_names(f"{folder}/" if folder else "", prefix, ())
 
     def info(self, path: str) -> ObjectInfo:
         file = self._file(path)
@@ -105,29 +115,46 @@ class LocalStore(Store):
 
     def _walk(self, base: str, prefix: str, above: tuple[_FolderId, ...]) -> Iterator[ObjectInfo]:
         """Objects below the folder `base` ("" or ending in "/"), which lies in the folders `above`."""
-        here, entries = _folder_entries(os.path.join(self.uri, base))
+        here = _folder_id(os.path.join(self.uri, base))
         if here in above:
             return
-        for name, entry in entries:
+        # Names only, sorted as their whole paths will be: folders end in "/". A million entries are 100 MB.
+        for name in sorted(_folder_names(os.path.join(self.uri, base))):
             path = base + name
             if name.endswith("/"):
                 if path.startswith(prefix) or prefix.startswith(path):
                     yield from self._walk(path, prefix, (*above, here))
-            elif path.startswith(prefix) and (found := self._file_info(path, entry)):
+            elif path.startswith(prefix) and (found := self._file_info(path)):
                 yield found
 
-    def _file_info(self, path: str, entry: os.DirEntry[str]) -> ObjectInfo | None:
+    def _walk_names(self, base: str, prefix: str, above: tuple[_FolderId, ...]) -> Iterator[str]:
+        here = _folder_id(os.path.join(self.uri, base))
+        if here in above:
+            return
+        for name in _folder_names(os.path.join(self.uri, base), files_only=True):
+            path = base + name
+            if name.endswith("/"):
+                if path.startswith(prefix) or prefix.startswith(path):
+                    yield from self._walk_names(path, prefix, (*above, here))
+            elif path.startswith(prefix):
+                yield path if path.isascii() else checked_path(path, self.uri)
+
+    def _file_info(self, path: str) -> ObjectInfo | None:
         """None if it is no file, or no longer there."""
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            return None
-        with _own_words("list", entry.path):
+        file = os.path.join(self.uri, path)
+        with _own_words("list", file):
             try:
-                status = entry.stat()
-            except FileNotFoundError:
+                status = os.stat(file)
+            except FileNotFoundError:  # also a link to nothing
                 return None
+            except OSError as error:
+                if error.errno == errno.ELOOP:  # a link to itself
+                    return None
+                raise
         if not stat.S_ISREG(status.st_mode):
             return None
-        return _described(checked_path(path, self.uri), status)
+        # Names of a disk hold neither NUL nor ".." steps; what is left to refuse is not ASCII.
+        return _described(path if path.isascii() else checked_path(path, self.uri), status)
 
 
 @final
@@ -173,7 +200,8 @@ def _own_words(doing: str, file: str) -> Iterator[None]:
         if isinstance(error, PermissionError):
             way_out = "run as a user who may do that, or change owner or mode of the folder"
             raise AccessDenied(thing, found=found, way_out=way_out) from error
-        raise StorageError(thing, found=found, way_out="check the disk: space, mount, names") from error
+        way_out = _WAYS_OUT.get(error.errno or 0, "check the disk: space, mount, names")
+        raise StorageError(thing, found=found, way_out=way_out) from error
 
 
 def _check_same(expected: ObjectInfo | None, found: ObjectInfo, file: str) -> None:
@@ -210,20 +238,38 @@ def _described(path: str, status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(path, status.st_size, f"mtime:{status.st_mtime_ns}:{status.st_size}")
 
 
-def _folder_entries(folder: str) -> tuple[_FolderId, list[tuple[str, os.DirEntry[str]]]]:
-    """Which folder it is, and its entries sorted as their whole paths will be: folders end in "/"."""
+def _folder_id(folder: str) -> _FolderId:
     with _own_words("list", folder):
         try:
             status = os.stat(folder)
-            with os.scandir(folder) as found:
-                entries = [
-                    (f"{entry.name}/" if _is_folder(entry) else entry.name, entry)
-                    for entry in found
-                    if not _TEMPORARY_NAME.fullmatch(entry.name)
-                ]
         except (FileNotFoundError, NotADirectoryError):
-            return _NO_FOLDER, []
-    return (status.st_dev, status.st_ino), sorted(entries, key=lambda pair: pair[0])
+            return _NO_FOLDER
+    return status.st_dev, status.st_ino
+
+
+def _folder_names(folder: str, files_only: bool = False) -> Iterator[str]:
+    """The names in a folder, those of folders with a slash; none where there is no folder.
+
+    Args:
+        files_only: leave out what is neither a folder nor a file (dangling links, sockets, pipes, devices).
+    """
+    with (
+        _own_words("list", folder),
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+        os.scandir(folder) as found,
+    ):
+        for entry in found:
+            name = entry.name
+            if name.startswith(".engine-") and _TEMPORARY_NAME.fullmatch(name):
+                continue
+            if _is_folder(entry):
+                yield f"{name}/"
+            elif not files_only or _is_file(entry):
+                yield name
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

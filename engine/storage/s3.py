@@ -60,6 +60,10 @@ class S3Store(Store):
         checked_prefix(prefix, self.uri)
         return _in_order(self._listed(prefix), self.uri)
 
+    def names(self, prefix: str = "") -> Iterator[str]:
+        checked_prefix(prefix, self.uri)
+        return (info.path for info in self._listed(prefix))
+
     def info(self, path: str) -> ObjectInfo:
         place = self._place(path)
         answer = self._call("find", path, lambda client: client.head_object(**place))

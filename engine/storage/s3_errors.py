@@ -160,10 +160,13 @@ def _explained_answer(error: aws.ClientError, thing: str, uri: str, endpoint: st
         return StorageError(thing, found=found, way_out="set storage.region to the region of the bucket")
     if status == 400 and code == "400":  # to a HEAD request, which has no body that could give a reason
         return AccessDenied(thing, found=found, way_out=f"check storage.region; {_RENEW_TOKEN}")
-    tries = f", after {ATTEMPTS} attempts" if _patience_s(error) else ""
-    return StorageError(
-        thing, found=f"{said} (from {endpoint}{tries})", way_out="look at the store's own log"
-    )
+    way_out = "look at the store's own log"
+    if _patience_s(error):
+        found = f"{said} (from {endpoint}, after {ATTEMPTS} attempts)"
+        way_out = (
+            "the store is overloaded or out of order: look at its own log, and run again when it is well"
+        )
+    return StorageError(thing, found=found, way_out=way_out)
 
 
 def _patience_s(error: Exception) -> float:

@@ -13,6 +13,7 @@ import pytest
 
 from engine.storage import open_store
 from engine.tables import open_table
+from tests.clusters import open_cluster
 from tests.commands import Engine
 from tests.flows.archives import extract_recipe, write_shards
 
@@ -26,26 +27,10 @@ SUBMIT_TIMEOUT_S = 240
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A running cluster: a head without CPUs and two workers with two each."""
-    from ray.cluster_utils import Cluster
-
     # `python` of the submitted command is this one, as it is the image's own in a container.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "include_dashboard": True,
-            "dashboard_port": 0,
-            "dashboard_agent_listen_port": 0,  # the default may be another Ray's on this machine
-        },
-    )
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2)
-        cluster.wait_for_nodes()
+    with open_cluster({"num_cpus": 2}, {"num_cpus": 2}) as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def submit(client: JobSubmissionClient, entrypoint: str, repository: Path, deadline: float) -> str:

@@ -173,6 +173,8 @@ def test_a_damaged_shard_keeps_its_good_parts_and_a_replaced_one_leaves_one_vers
     ended = engine("extract", recipe, "--json")
     assert ended.code == 1
     assert (ended.summary["shards_failed"], ended.summary["parts_written"]) == (1, 1 + 3 + 1)
+    ((failed, reason),) = ended.summary["failed_shards"].items()
+    assert failed in ended.stderr and reason.splitlines()[0] in ended.stderr
     assert "damaged.tar" in ended.stderr and "limits.max_failed_shards" in ended.stderr
     tolerant = engine("extract", recipe, "--json", "--set", "limits.max_failed_shards=1")  # tries it again
     assert (tolerant.code, tolerant.summary["shards_failed"], tolerant.summary["parts_written"]) == (0, 1, 0)
@@ -261,7 +263,7 @@ def test_gpus_that_a_local_ray_does_not_have_are_refused(engine_process: Engine,
     settings = ("--set", "compute.gpus_per_actor=1", "--set", f"output.uri={small_table}/elsewhere")
     ended = engine_process("extract", small_table / "extract.yaml", *settings)
     assert ended.code == 1
-    assert "this machine cannot hold" in ended.stderr and "1 GPUs" in ended.stderr
+    assert "this machine cannot hold" in ended.stderr and "GPUs: 1 = 1 actors x 1" in ended.stderr
 
 
 @pytest.mark.parametrize("override", ["labels.label=species", "split.column=part"])
@@ -274,3 +276,42 @@ def test_a_wrong_column_for_fit_is_named_with_the_columns_there_are(
     assert ended.code == 1
     assert override.split("=")[1] in ended.stderr and "image_width" in ended.stderr
     assert "delete" not in ended.stderr
+
+
+def test_a_list_labels_its_files_and_a_changed_label_does_one_group_again(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = open_store(str(tmp_path / "photos"))
+    for number, name in enumerate(["a/0.jpg", "a/1.jpeg.bak", "b/2.jpg", "b/unlisted.jpg"]):
+        source.write(name, crop_jpeg(number)[0])
+    labels = tmp_path / "labels.csv"
+    labels.write_text(
+        "uri,species,camera\nb/2.jpg,dog,Leica\na/0.jpg,cat,\na/1.jpeg.bak,cow,Canon\na/gone.jpg,ox,\n"
+    )
+    table = open_store(str(tmp_path / "table"))
+    recipe = write_recipe(
+        tmp_path,
+        "extract.yaml",
+        f"""
+source:   {{kind: files, uri: "{source.uri}", list: "{labels}", path: uri, label: species, metadata: [camera]}}
+backbone: {{kind: keras_application, name: MobileNetV2, weights: random, seed: 3, input_size: 32, layer: block_2_add}}
+output:   {{uri: "{table.uri}"}}
+limits:   {{max_reject_fraction: 0.25}}
+""",
+    )
+    ended = engine("extract", recipe, "--json")
+    assert (ended.code, ended.summary["shards_total"], ended.summary["rows"]) == (0, 2, 3), ended.stderr
+    assert ended.summary["rejects_by_reason"] == {"no_image": 1}
+    labels.write_text(labels.read_text().replace("dog", "wolf"))
+    ended = engine("extract", recipe, "--json")
+    assert (ended.code, ended.summary["shards_done"], ended.summary["rows"]) == (0, 1, 1), ended.stderr
+    rows = open_table(table).read(["key", "label", "camera"]).sort_by("key").to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("a/0.jpg", "cat", ""),
+        ("a/1.jpeg.bak", "cow", "Canon"),
+        ("b/2.jpg", "wolf", "Leica"),
+    ]
+    assert engine("verify", table.uri, "--source").code == 0
+    labels.unlink()
+    ended = engine("extract", recipe, "--plan")
+    assert ended.code == 2 and f"source.list {labels}: not there" in ended.stderr

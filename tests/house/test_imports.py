@@ -14,10 +14,10 @@ import pytest
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "schema", "config"),
     ("parts", "storage"),
-    ("recipes", "tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
+    ("recipes", "worklist", "tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
     ("embedder", "training", "predictor"),
     ("extraction", "scoring"),
-    ("accounting", "plan", "verification"),
+    ("accounting", "cluster_head", "plan", "sizing", "verification"),
     ("on_ray",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

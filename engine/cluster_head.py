@@ -1,0 +1,88 @@
+"""Whether the head of a Ray cluster answers: asked before connecting to it, and all the while a run needs it.
+
+Ray itself tries a silent address for about 12 minutes, and ends a process whose head is gone from within, without a
+word that a user could act on (Ray 2.60: exit code 1 after 60 s). Knows no Ray, only sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from engine.errors import ClusterError
+
+CONNECT_TIMEOUT_S = 10.0
+LOOK_EVERY_S = 3.0
+# Of the time that Ray waits for a head that comes back, 60 s by default: a word from us before Ray ends the process.
+PATIENCE = 0.7
+_RAY_PATIENCE_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+
+def require_answer(address: str | None) -> None:
+    """Make sure that somebody listens at `host:port`; other forms of address are not judged.
+
+    Raises:
+        ClusterError: nobody does.
+    """
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise unreachable(address, str(error)) from None
+
+
+def unreachable(address: str | None, found: str) -> ClusterError:
+    """The error for a cluster that cannot be connected to."""
+    return ClusterError(
+        f"Ray at {address or 'this machine'} cannot be used",
+        found=found,
+        way_out="check compute.address or RAY_ADDRESS (`ray status` there), or leave both out for a local Ray",
+    )
+
+
+@contextlib.contextmanager
+def head_watched(address: str) -> Iterator[None]:
+    """Say in our words that the head is lost, and end the process: Ray would do so a little later, in no words.
+
+    Args:
+        address: `host:port` of the head.
+    """
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(address, over), name="head-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(address: str, over: threading.Event) -> None:
+    patience_s = PATIENCE * float(os.environ.get(_RAY_PATIENCE_VARIABLE, "60"))
+    answered = time.monotonic()
+    while not over.wait(LOOK_EVERY_S):
+        try:
+            require_answer(address)
+        except ClusterError as error:
+            silent_s = time.monotonic() - answered
+            if silent_s >= patience_s and not over.is_set():
+                _end(address, silent_s, error.found)
+        else:
+            answered = time.monotonic()
+
+
+def _end(address: str, silent_s: float, found: str | None) -> None:
+    """Nothing of ours is left to be tidied: Ray ends the process likewise, and a rerun goes on."""
+    lost = ClusterError(
+        "the Ray cluster has lost its head",
+        found=f"nobody has answered at {address} for {silent_s:.0f} s: {found}",
+        way_out="nothing committed is lost; when the cluster is up, run the same command again: it makes only "
+        "what is missing",
+    )
+    print(f"error: {lost}", file=sys.stderr, flush=True)
+    os._exit(lost.exit_code)

@@ -1,0 +1,118 @@
+"""How a run is laid out on machines, in cores and bytes, and what is refused."""
+
+import pytest
+
+from engine.errors import ClusterError
+from engine.recipes import ActorRange, Compute, Limits
+from engine.sizing import Footprint, Machines, Sizing, check_room, footprint, size_up
+
+GB = 10**9
+NEEDS = Footprint(part=64_000_000, reader=2 * GB, actor=2 * GB)
+
+
+def node(cpus: float = 8, gpus: float = 0, memory: float = 100 * GB, store: float = 30 * GB) -> Machines:
+    return Machines(
+        cpus=cpus,
+        gpus=gpus,
+        largest_node_cpus=cpus,
+        largest_node_gpus=gpus,
+        nodes=1,
+        memory=memory,
+        object_store=store,
+    )
+
+
+def test_actors_of_a_node_share_its_cores() -> None:
+    sizing = size_up(Compute(actors=2), node(), NEEDS)
+    assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (4, 6, 8)
+    three_nodes = Machines(cpus=24, gpus=0, largest_node_cpus=8, largest_node_gpus=0, nodes=3)
+    assert size_up(Compute(actors=4), three_nodes, NEEDS).embed_threads == 4
+    fixed = Compute(actors=1, cpus_per_actor=5, decode_tasks=2, decode_threads=3)
+    assert size_up(fixed, node(), NEEDS).cpus_reserved == 7
+
+
+def test_one_core_is_enough() -> None:
+    sizing = size_up(Compute(), node(cpus=1), NEEDS)
+    assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (1, 1, 2)
+
+
+def test_there_are_no_more_readers_than_memory_for_them() -> None:
+    assert size_up(Compute(), node(cpus=32, memory=100 * GB), NEEDS).decode_tasks == 31
+    assert size_up(Compute(), node(cpus=32, memory=13 * GB), NEEDS).decode_tasks == 5
+    assert size_up(Compute(), node(cpus=32, memory=3 * GB), NEEDS).decode_tasks == 1
+
+
+@pytest.mark.parametrize(
+    ("machines", "gpus_per_actor", "start"),
+    [
+        (node(cpus=16, gpus=3), 0.5, 6),
+        (node(cpus=16, gpus=8), 1, 6),
+        (node(cpus=4, gpus=8), 1, 3),
+        (node(cpus=16, gpus=8, memory=9 * GB), 1, 2),
+        (node(cpus=16), 0, 6),
+        (node(cpus=8), 0, 4),
+        (node(cpus=1), 0, 2),
+    ],
+)
+def test_a_pool_starts_with_as_many_actors_as_there_is_room_for(
+    machines: Machines, gpus_per_actor: float, start: int
+) -> None:
+    compute = Compute(actors=ActorRange(min=2, max=6), gpus_per_actor=gpus_per_actor)
+    sizing = size_up(compute, machines, NEEDS)
+    assert (sizing.min_actors, sizing.start_actors, sizing.actors) == (2, start, 6)
+
+
+def test_a_number_of_actors_is_that_number() -> None:
+    sizing = size_up(Compute(actors=5), node(cpus=2), NEEDS)
+    assert (sizing.min_actors, sizing.start_actors, sizing.actors) == (5, 5, 5)
+
+
+def test_the_largest_image_and_two_parts_are_in_the_bytes_of_a_reader() -> None:
+    def reader(**limits: int) -> int:
+        return footprint(Compute(), Limits(**limits), 100, 100, None).reader  # type: ignore[arg-type]
+
+    assert reader() - reader(max_pixels=78_956_970) == 8 * 10**8
+    assert reader(max_sample_bytes=1000) - reader(max_sample_bytes=10) == 990
+    needs = footprint(Compute(), Limits(), 100, 100, 10**9)
+    assert (needs.part, needs.actor) == (3_000_000, 1_250_000_000)
+    given = Compute(memory_per_actor=5, memory_per_reader=6)
+    assert footprint(given, Limits(), 100, 100, 10**9) == Footprint(part=3_000_000, reader=6, actor=5)
+
+
+def layout(compute: Compute, machines: Machines) -> Sizing:
+    return size_up(compute, machines, NEEDS)
+
+
+def test_what_fits_is_not_refused() -> None:
+    assert check_room(layout(Compute(), node()), node(), can_grow=False) is None
+
+
+@pytest.mark.parametrize(
+    ("compute", "machines", "arithmetic"),
+    [
+        (Compute(actors=4), node(cpus=4), "CPUs: 5 = 4 actors x 1 \\+ 1 for a reader"),
+        (Compute(gpus_per_actor=2), node(gpus=1), "GPUs: 2 = 1 actors x 2"),
+        (
+            Compute(actors=2, decode_tasks=3),
+            node(memory=10 * GB),
+            "memory: 10.50 GB = 2 actors x 2.00 GB \\+ 3 readers x 2.00 GB \\+ 2 writers x 0.25 GB",
+        ),
+        (Compute(actors=2), node(store=0.2 * GB), "object store: 0.26 GB = 2 actors x 2 parts x 0.06 GB"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_arithmetic(
+    compute: Compute, machines: Machines, arithmetic: str
+) -> None:
+    sizing = layout(compute, machines)
+    with pytest.raises(ClusterError, match=arithmetic):
+        check_room(sizing, machines, can_grow=False)
+    assert "waiting for it to grow" in str(check_room(sizing, machines, can_grow=True))
+
+
+def test_a_few_large_shards_are_decoded_by_more_tasks_than_they_are() -> None:
+    sizing = layout(Compute(), node(cpus=16))
+    assert sizing.decode_tasks == 15
+    assert sizing.decoders(4, 40 * GB) == 11
+    assert sizing.decoders(15, 40 * GB) == 0  # as many as readers: each decodes what it reads
+    assert sizing.decoders(4, 40_000) == 0  # too small to be worth it
+    assert sizing.decoders(0, 0) == 0

@@ -1,0 +1,27 @@
+"""Works come out of the packing as they went in, and a slice of them travels small."""
+
+import pickle
+
+from engine.parts import Progress
+from engine.storage import ObjectInfo
+from engine.worklist import ShardWork, WorkList
+
+WORKS = [
+    ShardWork(ObjectInfo("a.tar", 0, "etag:x:0")),
+    ShardWork(ObjectInfo("übung/\udcff.tar", 2**40, "mtime:1:2"), Progress((0, 2), last=3)),
+    ShardWork(ObjectInfo("c", 7, "")),
+]
+
+
+def test_works_come_out_as_they_went_in() -> None:
+    packed = WorkList(WORKS)
+    assert list(packed) == WORKS and len(packed) == 3
+    assert packed[-1] == WORKS[-1] and list(packed[1:]) == WORKS[1:]
+    assert list(pickle.loads(pickle.dumps(packed[1:2]))) == WORKS[1:2]
+    assert list(packed.sizes) == [0, 2**40, 7]
+    assert not WorkList()
+
+
+def test_a_piece_of_a_long_list_is_small_to_pickle() -> None:
+    packed = WorkList(ShardWork(ObjectInfo(f"{number:09d}.tar", 1, "etag:1")) for number in range(10_000))
+    assert len(pickle.dumps(packed[5:7])) < 1000
