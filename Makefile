@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint format lock clean
+.PHONY: help demo test chaos bench lint format lock clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -17,8 +17,14 @@ demo: .venv/.installed  ## the whole cycle on bundled real images
 test: .venv/.installed  ## the test suite; `make test PYTEST="-n 0 -k storage"` passes options on
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
-chaos: .venv/.installed  ## twenty rounds of killing things during an extraction; `make chaos ROUNDS=5` for fewer (a minute each)
-	ENGINE_CHAOS_ROUNDS=$(or $(ROUNDS),20) .venv/bin/python -m pytest tests/faults -rP -v
+chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/README.md); `make chaos ROUNDS=5` for less
+	ENGINE_CHAOS_ROUNDS=$(or $(ROUNDS),20) .venv/bin/python -m pytest -rPs -v tests/faults tests/flows/test_interrupted_run.py
+	ENGINE_CHAOS_ROUNDS=1 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/contracts/test_storage_contract.py \
+	  tests/test_storage.py tests/flows/test_three_jobs_on_s3.py tests/faults/test_faulty_storage.py \
+	  tests/faults/test_lasting_faults.py
+
+bench: .venv/.installed  ## how long planning takes, and what a million shards cost the driver
+	.venv/bin/python -m tests.benchmarks.planning
 
 lint: .venv/.installed  ## ruff (rules and layout) and mypy (types)
 	.venv/bin/ruff check .

@@ -29,9 +29,11 @@ from engine.tables import (
 )
 from engine.worklist import ShardWork
 
+FAILURES_KEPT = 100  # with their reasons; the terminal has them all
+
 
 class ShardsUnderWay:
-    """Which of a run's shards have all their parts: 13 bytes a shard, and the parts of those that are half done.
+    """Which of a run's shards have all their parts: 14 bytes a shard, and the parts of those that are half done.
 
     Args:
         works: what the run set out to complete.
@@ -43,11 +45,12 @@ class ShardsUnderWay:
         self._order = np.argsort(keys).astype(np.uint32)
         self._keys = keys[self._order]
         self._is_done = np.zeros(len(keys), bool)
+        self._has_failed = np.zeros(len(keys), bool)
         self._begun = {work.shard.path: work.existing for work in works if work.existing != NOTHING}
 
     def add(self, path: str, number: int, last: bool) -> bool:
         """Note one part; False if it was there already."""
-        at = int(np.searchsorted(self._keys, np.uint64(_key_of(path))))
+        at = self._place_of(path)
         before = self._begun.get(path, NOTHING)
         if self._is_done[at] or number in before.numbers:
             return False
@@ -59,14 +62,27 @@ class ShardsUnderWay:
             self._begun[path] = after
         return True
 
+    def fail(self, path: str) -> None:
+        """Note that a shard cannot be read to its end."""
+        self._has_failed[self._place_of(path)] = True
+
     @property
     def done(self) -> int:
         """Shards that are complete now."""
         return int(np.count_nonzero(self._is_done))
 
-    def not_done(self) -> Iterator[str]:
-        """Paths of the others."""
-        return (self._works[int(place)].shard.path for place in self._order[~self._is_done])
+    @property
+    def failed(self) -> int:
+        """Shards that cannot be read to their end."""
+        return int(np.count_nonzero(self._has_failed))
+
+    def lost(self) -> Iterator[str]:
+        """Paths of those that are neither."""
+        places = self._order[~self._is_done & ~self._has_failed]
+        return (self._works[int(place)].shard.path for place in places)
+
+    def _place_of(self, path: str) -> int:
+        return int(np.searchsorted(self._keys, np.uint64(_key_of(path))))
 
 
 def _key_of(path: str) -> int:
@@ -75,7 +91,11 @@ def _key_of(path: str) -> int:
 
 @dataclass
 class RunTotals:
-    """Sums over the receipts of one run."""
+    """Sums over the receipts of one run.
+
+    Attributes:
+        damage: shard -> why it failed, of the first FAILURES_KEPT; `shards.failed` counts them all.
+    """
 
     parts_written: int = 0
     rows: int = 0
@@ -94,7 +114,9 @@ class RunTotals:
         header = receipt.header
         self.bytes_read += header.bytes_read
         if header.damage is not None:
-            self.damage[header.shard] = header.damage
+            self.shards.fail(header.shard)
+            if len(self.damage) < FAILURES_KEPT:
+                self.damage[header.shard] = header.damage
             return
         if not self.shards.add(header.shard, header.number, header.last):
             return
@@ -111,11 +133,11 @@ class RunTotals:
 
     def require_whole(self) -> None:
         """Every shard is complete or says why not; anything else means that a part got lost between the stages."""
-        lost = [path for path in self.shards.not_done() if path not in self.damage]
+        lost = sorted(self.shards.lost())
         if lost:
             raise TableDamaged(
                 f"{len(lost)} shards ended without all their parts, and without a reason",
-                found=", ".join(sorted(lost)[:5]),
+                found=", ".join(lost[:5]),
                 way_out="run the job again: it makes only what is missing; report this as a defect of the engine",
             )
 
@@ -129,14 +151,15 @@ class RunTotals:
         return max(busy, key=lambda stage: busy[stage]) if busy else None
 
 
-def failed_shards_verdict(damage: dict[str, str], limits: Limits) -> ShardsFailed | None:
+def failed_shards_verdict(totals: RunTotals, limits: Limits) -> ShardsFailed | None:
     """An error if more shards failed than `limits.max_failed_shards` allows."""
-    if len(damage) <= limits.max_failed_shards:
+    failed = totals.shards.failed
+    if failed <= limits.max_failed_shards:
         return None
-    shown = [f"{path}: {' '.join(reason.split())}" for path, reason in sorted(damage.items())[:10]]
-    more = [f"... and {len(damage) - 10} more"] if len(damage) > 10 else []
+    shown = [f"{path}: {' '.join(reason.split())}" for path, reason in sorted(totals.damage.items())[:10]]
+    more = [f"... and {failed - 10} more"] if failed > 10 else []
     return ShardsFailed(
-        f"{len(damage)} shards could not be read to their end; their good parts are kept\n    "
+        f"{failed} shards could not be read to their end; their good parts are kept\n    "
         + "\n    ".join(shown + more),
         wanted=f"at most {limits.max_failed_shards} (limits.max_failed_shards)",
         way_out="run again if they were replaced meanwhile; else repair or remove them, or raise the limit: "

@@ -5,9 +5,9 @@ Only values; the blocks of one room (source, backbone, runtime, head ...) stand 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.config import Config
 from engine.storage import Uri
@@ -39,10 +39,21 @@ class ActorRange(Config):
         return self
 
 
+def _as_range(actors: Any) -> Any:
+    if isinstance(actors, int) and not isinstance(actors, bool):
+        return {"min": actors, "max": actors}
+    if not isinstance(actors, (dict, ActorRange)):
+        raise ValueError("a number of actors, or {min: 1, max: 8}")
+    return actors
+
+
+Actors = Annotated[ActorRange, BeforeValidator(_as_range, json_schema_input_type=int | ActorRange)]
+
+
 class Compute(Config):
     """What runs where. `null` means: taken from the machine or cluster, and shown by `--plan`."""
 
-    actors: Annotated[int, Field(ge=1, le=4096)] | ActorRange = 1
+    actors: Actors = ActorRange(min=1, max=1)
     """Processes that hold the backbone; `{min: 1, max: 8}`: as many as fit, more when the cluster grows."""
     gpus_per_actor: float = Field(0, ge=0, le=16)
     """GPUs (or a fraction of one) that each actor reserves."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engine.errors import ClusterError
 from engine.extraction import ENCODED_AHEAD_BYTES
 from engine.images import LARGE_IMAGE_PIXELS
-from engine.recipes import ActorRange, Compute, Limits
+from engine.recipes import Compute, Limits
 
 # A reader keeps its core until its shards are read. The rest of that core is for the tasks that write parts: with
 # every core taken in full, a writer would wait for a reader that waits for the writer.
@@ -116,22 +116,24 @@ class Sizing:
     @property
     def writers(self) -> int:
         """Tasks that write parts at once: each is a process to start, and one keeps up with several actors."""
-        return max(2, self.actors)
+        return max(2, self.start_actors)
 
     @property
     def cpus_reserved(self) -> float:
         """Cores, by all of it together."""
-        return self.actors * self.actor_cpus + self.decode_tasks
+        return self.start_actors * self.actor_cpus + self.decode_tasks
 
     @property
     def bytes_in_all(self) -> int:
         """Of all processes together."""
         needs = self.footprint
-        return self.actors * needs.actor + self.decode_tasks * needs.reader + self.writers * WRITER_BYTES
+        return (
+            self.start_actors * needs.actor + self.decode_tasks * needs.reader + self.writers * WRITER_BYTES
+        )
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of parts between the stages: two for each actor and reader, one being computed on, one waiting, and some."""
+        """Of parts between the stages, at most: an actor computes on one while another waits, and so on."""
         return (2 * self.actors + 4 * self.decode_tasks + 4) * self.footprint.part
 
     def decoders(self, read_tasks: int, bytes_total: int) -> int:
@@ -154,13 +156,12 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
     Without `cpus_per_actor` an actor reserves one core, but computes with its share of the node: where there is no
     GPU, decoding and the forward pass share the cores, and the operating system divides them better than we can.
     """
-    wanted = compute.actors
-    at_least, at_most = (wanted.min, wanted.max) if isinstance(wanted, ActorRange) else (wanted, wanted)
+    at_least, at_most = compute.actors.min, compute.actors.max
     actor_cpus = compute.cpus_per_actor if compute.cpus_per_actor is not None else 1.0
     start = max(at_least, min(at_most, _actors_that_fit(compute, actor_cpus, machines, needs)))
     share = compute.cpus_per_actor or machines.largest_node_cpus / math.ceil(start / max(1, machines.nodes))
     free_cpus = int(machines.cpus - start * actor_cpus)
-    free_memory = machines.memory - start * needs.actor - max(2, at_most) * WRITER_BYTES
+    free_memory = machines.memory - start * needs.actor - max(2, start) * WRITER_BYTES
     readers = min(free_cpus, free_memory // needs.reader)
     return Sizing(
         actors=at_most,

@@ -27,6 +27,7 @@ from engine.schema import SCHEMA_VERSION
 from engine.storage import ObjectInfo, Store
 
 RECORD_NAME = "_table.json"
+PROBE_NAME = "_probe"
 DATA_FOLDER = "data/"
 REJECTS_FOLDER = "rejects/"
 READ_THREADS = 8  # parts are small (about 5 MB): reading is bound by the store's latency
@@ -89,6 +90,16 @@ def require_record(store: Store, kind: str) -> Record:
             way_out="check the uri, or run the job that writes the table first",
         )
     return record
+
+
+def require_writable(store: Store) -> None:
+    """Write and delete a small object where a table will be, before anything dear is started.
+
+    Raises:
+        AccessDenied, StorageError: that is refused.
+    """
+    store.write(PROBE_NAME, b"")
+    store.delete(PROBE_NAME)
 
 
 def claim_table(store: Store, record: Record) -> Record:

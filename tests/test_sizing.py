@@ -23,11 +23,11 @@ def node(cpus: float = 8, gpus: float = 0, memory: float = 100 * GB, store: floa
 
 
 def test_actors_of_a_node_share_its_cores() -> None:
-    sizing = size_up(Compute(actors=2), node(), NEEDS)
+    sizing = size_up(Compute(actors=ActorRange(min=2, max=2)), node(), NEEDS)
     assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (4, 6, 8)
     three_nodes = Machines(cpus=24, gpus=0, largest_node_cpus=8, largest_node_gpus=0, nodes=3)
-    assert size_up(Compute(actors=4), three_nodes, NEEDS).embed_threads == 4
-    fixed = Compute(actors=1, cpus_per_actor=5, decode_tasks=2, decode_threads=3)
+    assert size_up(Compute(actors=ActorRange(min=4, max=4)), three_nodes, NEEDS).embed_threads == 4
+    fixed = Compute(actors=ActorRange(min=1, max=1), cpus_per_actor=5, decode_tasks=2, decode_threads=3)
     assert size_up(fixed, node(), NEEDS).cpus_reserved == 7
 
 
@@ -63,7 +63,7 @@ def test_a_pool_starts_with_as_many_actors_as_there_is_room_for(
 
 
 def test_a_number_of_actors_is_that_number() -> None:
-    sizing = size_up(Compute(actors=5), node(cpus=2), NEEDS)
+    sizing = size_up(Compute(actors=ActorRange(min=5, max=5)), node(cpus=2), NEEDS)
     assert (sizing.min_actors, sizing.start_actors, sizing.actors) == (5, 5, 5)
 
 
@@ -90,14 +90,18 @@ def test_what_fits_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("compute", "machines", "arithmetic"),
     [
-        (Compute(actors=4), node(cpus=4), "CPUs: 5 = 4 actors x 1 \\+ 1 for a reader"),
+        (Compute(actors=ActorRange(min=4, max=4)), node(cpus=4), "CPUs: 5 = 4 actors x 1 \\+ 1 for a reader"),
         (Compute(gpus_per_actor=2), node(gpus=1), "GPUs: 2 = 1 actors x 2"),
         (
-            Compute(actors=2, decode_tasks=3),
+            Compute(actors=ActorRange(min=2, max=2), decode_tasks=3),
             node(memory=10 * GB),
             "memory: 10.50 GB = 2 actors x 2.00 GB \\+ 3 readers x 2.00 GB \\+ 2 writers x 0.25 GB",
         ),
-        (Compute(actors=2), node(store=0.2 * GB), "object store: 0.26 GB = 2 actors x 2 parts x 0.06 GB"),
+        (
+            Compute(actors=ActorRange(min=2, max=2)),
+            node(store=0.2 * GB),
+            "object store: 0.26 GB = 2 actors x 2 parts x 0.06 GB",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_arithmetic(
@@ -116,3 +120,11 @@ def test_a_few_large_shards_are_decoded_by_more_tasks_than_they_are() -> None:
     assert sizing.decoders(15, 40 * GB) == 0  # as many as readers: each decodes what it reads
     assert sizing.decoders(4, 40_000) == 0  # too small to be worth it
     assert sizing.decoders(0, 0) == 0
+
+
+def test_actors_are_a_number_or_a_range() -> None:
+    assert Compute.model_validate({"actors": 3}).actors == ActorRange(min=3, max=3)
+    assert Compute.model_validate({"actors": {"max": 3}}).actors == ActorRange(min=1, max=3)
+    for wrong in (0, True, "many", {"min": 3, "max": 2}, {}):
+        with pytest.raises(ValueError, match="actors"):
+            Compute.model_validate({"actors": wrong})

@@ -150,6 +150,29 @@ def test_two_actors_share_the_one_gpu_and_nodes_without_gpus_read(
     check_whole(tmp_path / "table", keys)
 
 
+def test_a_pool_of_actors_grows_when_the_cluster_does(repository: Path, tmp_path: Path) -> None:
+    keys = write_shards(open_store(str(tmp_path / "shards")), SHARDS, IMAGES)
+    for number in range(1, 8):  # the same content once more: work for the new node
+        os.makedirs(tmp_path / "shards" / str(number))
+        for shard in range(SHARDS):
+            os.link(tmp_path / f"shards/{shard:05d}.tar", tmp_path / f"shards/{number}/{shard:05d}.tar")
+    with (
+        open_cluster({"num_cpus": 2}) as cluster,
+        extracting(
+            cluster, repository, tmp_path, "actors: {min: 1, max: 3}, cpus_per_actor: 1, decode_tasks: 1"
+        ) as process,
+    ):
+        wait_for_parts(tmp_path / "table", 1, process)
+        new = cluster.add_node(num_cpus=2)
+        done_by_node = watch(cluster, process, tmp_path / "table")
+        printed = process.communicate(timeout=END_TIMEOUT_S)[0]
+    assert process.returncode == 0, printed
+    print({node.node_ip_address: dict(done) for node, done in done_by_node.items()})
+    assert done_by_node[new][ACTOR] >= 1, "nothing was moved on to the new node"
+    rows = rows_of(tmp_path / "table", ["key"])
+    assert Counter(rows["key"].to_pylist()) == dict.fromkeys(keys, 8)
+
+
 @contextmanager
 def extracting(
     cluster: Cluster, repository: Path, folder: Path, compute: str

@@ -47,6 +47,8 @@ from tests.test_images import SAMPLES, chunk, encode, photo, png_header
 SIDE_PX, MUTATIONS = 32, 1000
 Member = tuple[tarfile.TarInfo, bytes]
 
+ONLY_IN_CHAOS = pytest.mark.skipif("ENGINE_CHAOS_ROUNDS" not in os.environ, reason="`make chaos` runs it")
+
 
 # ---------------------------------------------------------------- a thousand mutated images
 
@@ -421,6 +423,7 @@ output:   {{uri: "{folder}/table", rows_per_part: 64}}
     return engine("extract", write_recipe(folder, "extract.yaml", recipe), "--json")
 
 
+@ONLY_IN_CHAOS
 def test_parquet_with_pickles_in_its_types_and_metadata_runs_no_code(
     engine: Engine, canary: Canary, tmp_path: Path
 ) -> None:
@@ -449,7 +452,7 @@ def record_header(length: int) -> bytes:
     return packed + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-@pytest.mark.skipif("ENGINE_CHAOS_ROUNDS" not in os.environ, reason="`make chaos` runs it")
+@ONLY_IN_CHAOS
 def test_tfrecords_of_absurd_lengths_are_failed_shards_and_nothing_is_allocated_for_them(
     engine: Engine, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,8 +16,16 @@ from engine.parts import path16_of
 from engine.shards.files import is_border
 from engine.storage import open_store
 from engine.tables import embeddings_matrix, list_parts, open_table
-from tests.commands import Engine
-from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_recipe, write_shards
+from tests.commands import Engine, rows_of
+from tests.flows.archives import (
+    crop_jpeg,
+    crop_label,
+    extract_recipe,
+    shard_bytes,
+    write_recipe,
+    write_shards,
+)
+from tests.processes import kinds_seen_below
 from tests.shards.archives import member, tar_bytes
 
 
@@ -158,6 +167,24 @@ def small_table(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> P
     recipe = extract_recipe(folder, str(folder / "shards"), str(folder / "table"))
     assert main(["extract", str(recipe)]) == 0
     return folder
+
+
+def test_a_large_shard_is_decoded_by_other_tasks_than_the_one_that_reads_it(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_store(str(tmp_path / "shards"))
+    source.write("large.tar", shard_bytes(0, 640))
+    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"), "compute: {decode_tasks: 3}")
+    monkeypatch.setattr("engine.sizing.SPLIT_SHARD_BYTES", 1)
+    planned = json.loads(engine("extract", recipe, "--plan", "--json").stdout)
+    assert (planned["read_tasks"], planned["tasks_that_only_decode"]) == (1, 2)
+    with kinds_seen_below(os.getpid()) as seen:
+        ended = engine("extract", recipe, "--json")
+    assert (ended.code, ended.summary["rows"], ended.summary["parts_written"]) == (0, 640, 10), ended.stderr
+    assert {"reader", "decoder", "actor"} <= seen
+    rows = rows_of(tmp_path / "table", ["key", "label"])
+    assert rows["key"].to_pylist() == [f"{number:06d}" for number in range(640)]
+    assert rows["label"].to_pylist() == [crop_label(number) for number in range(640)]
 
 
 def test_a_damaged_shard_keeps_its_good_parts_and_a_replaced_one_leaves_one_version(

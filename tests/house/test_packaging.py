@@ -67,7 +67,7 @@ def test_make_alone_lists_every_target(repository: Path) -> None:
     listed = re.findall(r"^  make ([a-z]+)  ", shown, re.MULTILINE)
     makefile = (repository / "Makefile").read_text(encoding="utf-8")
     phony = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split()
-    assert listed == phony == ["help", "demo", "test", "chaos", "lint", "format", "lock", "clean"]
+    assert listed == phony
 
 
 def test_without_a_fit_python_make_says_what_is_wanted_and_makes_nothing(
