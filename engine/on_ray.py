@@ -203,7 +203,8 @@ def run_on_worker(function: Callable[..., Any], *arguments: Any, num_cpus: float
         EngineError: as the function raised it.
     """
 
-    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)
+    # max_calls: else its process, with TensorFlow in it, would go on to read shards.
+    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3, max_calls=1)
     def task() -> tuple[Any, bytes | None]:
         try:
             return function(*arguments), None

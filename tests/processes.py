@@ -112,19 +112,23 @@ def kinds_seen_below(pid: int) -> Iterator[set[str]]:
 
 @contextmanager
 def peaks_of(mark: dict[str, str], driver: int) -> Iterator[dict[str, int]]:
-    """Watch the processes of a command; fills in the most bytes that one of each kind ever held."""
+    """Watch the processes of a command; fills in the most bytes of its own that one of each kind ever held.
+
+    Kinds: driver, actor, and task for those that read, decode and write, since Ray lets a process do one after another.
+    """
     peaks: dict[str, int] = {}
     by_pid: dict[int, int] = defaultdict(int)
     kinds: dict[int, str] = {driver: "driver"}
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.1):
+        while not over.wait(0.02):
             for pid in processes_with(mark):
                 title = title_of(pid)
-                for kind, text in TITLES.items():
-                    if text in title and kind != "raylet":
-                        kinds[pid] = kind
+                if TITLES["actor"] in title:
+                    kinds[pid] = "actor"
+                elif any(TITLES[kind] in title for kind in ("reader", "decoder", "writer")):
+                    kinds[pid] = "task"
                 by_pid[pid] = max(by_pid[pid], own_memory_bytes(pid))
 
     thread = threading.Thread(target=watch)

@@ -24,7 +24,7 @@ def test_ten_times_the_shards_take_no_more_memory(repository: Path, tmp_path: Pa
     tenfold = peaks_of_a_run(repository, tmp_path / "tenfold", shard, 10 * SHARDS)
     report = {kind: f"{once[kind] / 1e6:.0f} -> {tenfold[kind] / 1e6:.0f} MB" for kind in sorted(once)}
     print(f"{SHARDS} -> {10 * SHARDS} shards of {IMAGES} images: {report}")
-    assert set(once) == {"actor", "driver", "reader", "writer"}
+    assert set(once) == {"actor", "driver", "task"}
     for kind, peak in once.items():
         assert tenfold[kind] < MAX_GROWTH * peak, report
 
