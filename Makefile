@@ -22,6 +22,7 @@ chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/R
 	ENGINE_CHAOS_ROUNDS=1 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/contracts/test_storage_contract.py \
 	  tests/test_storage.py tests/flows/test_three_jobs_on_s3.py tests/faults/test_faulty_storage.py \
 	  tests/faults/test_lasting_faults.py
+	ENGINE_CHAOS_ROUNDS=3 ENGINE_CHAOS_ON=s3 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/faults/test_chaos.py
 
 bench: .venv/.installed  ## how long planning takes, and what a million shards cost the driver
 	.venv/bin/python -m tests.benchmarks.planning

@@ -124,6 +124,7 @@ def machines_here() -> Machines:
         nodes=1,
         memory=(1 - OBJECT_STORE_SHARE) * free,
         object_store=OBJECT_STORE_SHARE * free,
+        largest_node_memory=(1 - OBJECT_STORE_SHARE) * free,
     )
 
 
@@ -170,6 +171,7 @@ def machines_of_cluster() -> Machines:
         largest_node_gpus=max(gpus),
         nodes=len(cpus),
         memory=sum(node.get("memory", 0.0) for node in nodes if node.get("CPU")),
+        largest_node_memory=max(node.get("memory", 0.0) for node in nodes if node.get("CPU")),
         object_store=sum(node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU")),
     )
 

@@ -22,7 +22,7 @@ MB = 1_000_000
 # Peaks of resident memory that we measured (figures and date: tests/faults/README.md), rounded up.
 READER_BASE_BYTES = 250 * MB  # the process, its libraries and its buffers
 WRITER_BYTES = 250 * MB
-ACTOR_BYTES = 2_000 * MB  # where the table does not say yet what its network takes
+ACTOR_BYTES = 1_500 * MB  # where the table does not say yet what its network takes
 ACTOR_HEADROOM = 1.25  # over the peak that the resolve task saw while it loaded and warmed up
 DECODE_BYTES_PER_PIXEL = 8  # of the whole image, at the peak of decoding and fitting it
 
@@ -39,6 +39,7 @@ class Machines:
         nodes: number of nodes that have cores.
         memory: bytes for processes, of all nodes.
         object_store: bytes for what travels between processes, of all nodes.
+        largest_node_memory: bytes for processes, of the node that has most.
     """
 
     cpus: float
@@ -48,6 +49,7 @@ class Machines:
     nodes: int
     memory: float = math.inf
     object_store: float = math.inf
+    largest_node_memory: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,12 @@ def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None
         ),
         _memory_claim(sizing, machines),
         (
+            f"memory of one node: {_gb(max(needs.actor, needs.reader))} for one "
+            f"{'actor' if needs.actor > needs.reader else 'reader'}",
+            max(needs.actor, needs.reader) > machines.largest_node_memory,
+            "compute.memory_per_actor, limits.max_pixels or output.rows_per_part",
+        ),
+        (
             f"object store: {_gb(sizing.min_actors * 2 * needs.part)} = {actors} 2 parts x {_gb(needs.part)} of pixels",
             sizing.min_actors * 2 * needs.part > machines.object_store,
             "output.rows_per_part or compute.actors",
@@ -217,7 +225,8 @@ def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None
     unmet = [(claim, lower) for claim, is_unmet, lower in claims if is_unmet]
     if not unmet:
         return None
-    found = f"{machines.cpus:g} CPUs, {machines.gpus:g} GPUs, memory {_gb(machines.memory)}, "
+    found = f"{machines.cpus:g} CPUs, {machines.gpus:g} GPUs, memory {_gb(machines.memory)} "
+    found += f"(at most {_gb(machines.largest_node_memory)} on one node), "
     found += f"object store {_gb(machines.object_store)}"
     wanted = "; ".join(claim for claim, _ in unmet)
     if can_grow:

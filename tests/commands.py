@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from engine.storage import Store
+
 START_TIMEOUT_S = 180
 
 
@@ -57,20 +59,25 @@ def start(
     )
 
 
-def wait_for_parts(table: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Wait until the table on disk has so many parts; fails if the process ends before."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while len(list((table / "data").glob("*.parquet"))) < count:
+def wait_for_parts(table: Path | Store, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the table has so many parts; fails if the process ends before."""
+    deadline, store = time.monotonic() + START_TIMEOUT_S, _store_of(table)
+    while sum(1 for _ in store.names("data/")) < count:
         assert process.poll() is None, f"ended by itself: {process.communicate()[0]}"
         assert time.monotonic() < deadline, "no parts were written in time"
         time.sleep(0.02)
 
 
-def rows_of(table: Path, columns: list[str]) -> pa.Table:
-    """Columns of a table on disk, sorted by (shard, index)."""
-    from engine.storage import open_store
+def rows_of(table: Path | Store, columns: list[str]) -> pa.Table:
+    """Columns of a table, sorted by (shard, index)."""
     from engine.tables import open_table
 
     order = ["shard", "index"]
-    rows = open_table(open_store(str(table))).read(list(dict.fromkeys([*columns, *order])))
+    rows = open_table(_store_of(table)).read(list(dict.fromkeys([*columns, *order])))
     return rows.sort_by([(name, "ascending") for name in order]).select(columns)
+
+
+def _store_of(table: Path | Store) -> Store:
+    from engine.storage import open_store
+
+    return open_store(str(table)) if isinstance(table, Path) else table

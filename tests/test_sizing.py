@@ -1,5 +1,7 @@
 """How a run is laid out on machines, in cores and bytes, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.errors import ClusterError
@@ -96,6 +98,11 @@ def test_what_fits_is_not_refused() -> None:
             Compute(actors=ActorRange(min=2, max=2), decode_tasks=3),
             node(memory=10 * GB),
             "memory: 10.50 GB = 2 actors x 2.00 GB \\+ 3 readers x 2.00 GB \\+ 2 writers x 0.25 GB",
+        ),
+        (
+            Compute(),
+            replace(node(), largest_node_memory=1.5 * GB),
+            "memory of one node: 2.00 GB for one reader",
         ),
         (
             Compute(actors=ActorRange(min=2, max=2)),

@@ -1,14 +1,14 @@
 """Something is killed at a random moment of an extraction, and it is run to its end: the table is that of a calm run.
 
 `make chaos` runs twenty rounds; `make test` a short version. A round is fixed by its number: what is killed, when,
-whether a second driver works on the same table, whether a shard is replaced meanwhile.
+whether a second driver works on the same table, whether a shard is replaced meanwhile. With ENGINE_CHAOS_ON=s3 source
+and table are in the test store.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import threading
 import time
@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from engine.parts import path16_of
-from engine.storage import Store, open_store
-from engine.tables import embeddings_matrix, list_parts
+from engine.storage import StorageConfig, Store, open_store
+from engine.tables import RECORD_NAME, embeddings_matrix, list_parts
 from engine.verification import verify_table
 from tests.commands import Engine, rows_of, start, wait_for_parts
 from tests.flows.archives import crop_label, extract_recipe, shard_bytes, write_shards
@@ -62,22 +62,43 @@ def calm(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Calm:
     return Calm(folder / "shards", dict(zip(keys, matrix, strict=True)))
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A source with the calm run's shards, where the table will be, and a recipe for it."""
+
+    source: Store
+    table: Store
+    recipe: Path
+
+
+@pytest.fixture
+def scene(calm: Calm, s3_uri: str, s3_config: StorageConfig, tmp_path: Path) -> Scene:
+    is_on_s3 = os.environ.get("ENGINE_CHAOS_ON") == "s3"
+    root, config = (s3_uri, s3_config) if is_on_s3 else (str(tmp_path), StorageConfig())
+    source, table = open_store(f"{root}/shards", config), open_store(f"{root}/table", config)
+    for info in open_store(str(calm.source)).list():
+        source.write(info.path, (calm.source / info.path).read_bytes())
+    storage = (
+        f'storage: {{endpoint_url: "{config.endpoint_url}", region: {config.region}}}' if is_on_s3 else ""
+    )
+    return Scene(source, table, extract_recipe(tmp_path, source.uri, table.uri, storage))
+
+
 @pytest.mark.skipif(IS_SHORT, reason="`make chaos` runs it")
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_whatever_is_killed_the_table_is_that_of_a_calm_run(
-    number: int, repository: Path, engine: Engine, calm: Calm, tmp_path: Path
+    number: int, repository: Path, engine: Engine, calm: Calm, scene: Scene
 ) -> None:
     draw = random.Random(number)
     victim, when = VICTIMS[number % len(VICTIMS)], draw.randrange(1, PARTS // 2)
     two_drivers, replaced = number % 2 == 0, number % 3 == 2
-    source, table, recipe = scene(calm, tmp_path)
 
-    with drivers(1 + two_drivers, repository, recipe) as running:
+    with drivers(1 + two_drivers, repository, scene.recipe) as running:
         if victim != "reader":  # small shards are read before the first part is written
-            wait_for_parts(table, when, running[0].process)
+            wait_for_parts(scene.table, when, running[0].process)
             time.sleep(draw.random())
         if replaced:
-            source.write(f"{draw.randrange(SHARDS):05d}.tar", shard_bytes(NEW_CONTENT, IMAGES))
+            scene.source.write(f"{draw.randrange(SHARDS):05d}.tar", shard_bytes(NEW_CONTENT, IMAGES))
         kill(victim, running[0])
         ends = [driver.process.communicate(timeout=END_TIMEOUT_S)[0] for driver in running]
         codes = [driver.process.returncode for driver in running]
@@ -86,7 +107,7 @@ def test_whatever_is_killed_the_table_is_that_of_a_calm_run(
         assert codes[0] == 0, story + ends[0]  # ridden out
     if not replaced and two_drivers:
         assert codes[1] == 0, story + ends[1]  # not its business
-    must_be_that_of_a_calm_run(table, calm, engine, recipe, replaced, story)
+    must_be_that_of_a_calm_run(scene, calm, engine, replaced, story)
     print(story, end="")
 
 
@@ -94,16 +115,16 @@ def test_a_run_rides_out_the_loss_of_its_reader_and_its_actor_while_a_shard_is_r
     engine: Engine, calm: Calm, tmp_path: Path
 ) -> None:
     """The short version of the rounds: one run on the shared Ray, nothing more is started."""
-    source, table = open_store(str(calm.source)), tmp_path / "table"
-    recipe = extract_recipe(tmp_path, source.uri, str(table))
-    table.mkdir()
-    shutil.copy(calm.source.parent / "table" / "_table.json", table)  # as if resolved: a start less
+    source, table = open_store(str(calm.source)), open_store(str(tmp_path / "table"))
+    recipe = extract_recipe(tmp_path, source.uri, table.uri)
+    # As if it had been resolved: a start less.
+    table.write(RECORD_NAME, (calm.source.parent / "table" / RECORD_NAME).read_bytes())
     killed: list[str] = []
     over = threading.Event()
 
     def strike() -> None:
         for victim, parts in (("reader", 0), ("actor", 2)):
-            while len(list((table / "data").glob("*.parquet"))) < parts and not over.is_set():
+            while sum(1 for _ in table.names("data/")) < parts and not over.is_set():
                 time.sleep(0.02)
             if kill_one(victim, lambda: processes_below(os.getpid()), PATIENCE_S):
                 killed.append(victim)
@@ -116,28 +137,17 @@ def test_a_run_rides_out_the_loss_of_its_reader_and_its_actor_while_a_shard_is_r
     thread.join()
     story = f"{killed} killed, exit code {ended.code}: {ended.stderr}\n"
     assert killed == ["reader", "actor"], story
-    must_be_that_of_a_calm_run(table, calm, engine, recipe, True, story)
+    must_be_that_of_a_calm_run(Scene(source, table, recipe), calm, engine, True, story)
 
 
-def scene(calm: Calm, folder: Path) -> tuple[Store, Path, Path]:
-    """A source with the calm run's shards, where the table will be, and a recipe for it."""
-    os.makedirs(folder / "shards")
-    for info in open_store(str(calm.source)).list():
-        os.link(calm.source / info.path, folder / "shards" / info.path)
-    source = open_store(str(folder / "shards"))
-    return source, folder / "table", extract_recipe(folder, source.uri, str(folder / "table"))
-
-
-def must_be_that_of_a_calm_run(
-    table: Path, calm: Calm, engine: Engine, recipe: Path, replaced: bool, story: str
-) -> None:
+def must_be_that_of_a_calm_run(scene: Scene, calm: Calm, engine: Engine, replaced: bool, story: str) -> None:
     """Run it to its end, and compare every row."""
-    finished = engine("extract", recipe, "--json")
+    finished = engine("extract", scene.recipe, "--json")
     assert finished.code == 0, story + finished.stderr
-    rerun = engine("extract", recipe, "--json")
+    rerun = engine("extract", scene.recipe, "--json")
     assert (rerun.summary["parts_written"], rerun.summary["bytes_read"]) == (0, 0), story
 
-    rows = rows_of(table, ["key", "shard", "label", "embedding"])
+    rows = rows_of(scene.table, ["key", "shard", "label", "embedding"])
     keys = rows["key"].to_pylist()
     assert len(set(keys)) == len(keys) == SHARDS * IMAGES, story
     assert rows["label"].to_pylist() == [crop_label(int(key)) for key in keys], story
@@ -147,9 +157,9 @@ def must_be_that_of_a_calm_run(
         shard for key, shard in zip(keys, rows["shard"].to_pylist(), strict=True) if int(key) >= NEW_CONTENT
     }
     assert len(new) == replaced, story
-    counts = [name.path16 for name, _ in list_parts(open_store(str(table)))]
+    counts = [name.path16 for name, _ in list_parts(scene.table)]
     assert len(counts) == PARTS, story  # no part of an old version is left
-    checked = verify_table(open_store(str(table)))
+    checked = verify_table(scene.table)
     assert not checked.damage and not checked.leftovers and not checked.unfinished, story + str(checked)
     assert set(counts) == {path16_of(f"{shard:05d}.tar") for shard in range(SHARDS)}, story
 
