@@ -162,6 +162,12 @@ class ParquetObject(io.RawIOBase):
         return data
 
 
+def with_plain_types(content: bytes) -> bytes:
+    """A whole Parquet file without the writer's Arrow schema, as `ParquetObject` reads it; other bytes as they are."""
+    begin = max(0, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
+    return content[:begin] + content[begin:].replace(_WRITERS_SCHEMA, _HIDDEN_SCHEMA)
+
+
 def shortened(text: str) -> str:
     """A text that was found in a file, short enough for a message."""
     return text if len(text) <= 500 else f"{text[:500]} ..."

@@ -421,3 +421,30 @@ def test_the_contract_has_the_list_only_where_there_is_one() -> None:
     }
     assert listed.metadata_columns() == ("b",)
     assert FilesSource.model_validate(listed.contract()) == listed
+
+
+def test_a_parquet_list_runs_no_code_of_extension_types(tmp_path: Path) -> None:
+    ran: list[bytes] = []
+
+    class Hostile(pa.ExtensionType):
+        def __init__(self) -> None:
+            super().__init__(pa.string(), "engine.test.hostile")
+
+        def __arrow_ext_serialize__(self) -> bytes:
+            return b"code"
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> Hostile:
+            ran.append(serialized)
+            return cls()
+
+    pa.register_extension_type(Hostile())
+    try:
+        paths = pa.ExtensionArray.from_storage(Hostile(), pa.array(["a.jpg"]))
+        pq.write_table(pa.table({"path": paths}), tmp_path / "list.parquet")
+        ran.clear()
+        config = FilesSource(uri=str(tmp_path), list=str(tmp_path / "list.parquet"))
+        assert file_list.read_list(config, open_store(str(tmp_path))).num_rows == 1
+        assert ran == []
+    finally:
+        pa.unregister_extension_type("engine.test.hostile")
