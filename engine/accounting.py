@@ -82,7 +82,14 @@ class ShardsUnderWay:
         return (self._works[int(place)].shard.path for place in places)
 
     def _place_of(self, path: str) -> int:
-        return int(np.searchsorted(self._keys, np.uint64(_key_of(path))))
+        key = np.uint64(_key_of(path))
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            raise TableDamaged(
+                f"a receipt came for {path}, which this run was not to do",
+                way_out="this is a defect of the engine; `engine verify` says whether the table is whole",
+            )
+        return place
 
 
 def _key_of(path: str) -> int:

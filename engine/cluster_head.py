@@ -7,6 +7,7 @@ word that a user could act on (Ray 2.60: exit code 1 after 60 s). Knows no Ray, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -18,8 +19,8 @@ from engine.errors import ClusterError
 
 CONNECT_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 3.0
-# Of the time that Ray waits for a head that comes back, 60 s by default: a word from us before Ray ends the process.
-PATIENCE = 0.7
+RAY_PATIENCE_S = 60.0  # Ray's default: so long it waits for a head that comes back
+PATIENCE = 0.7  # of it: a word from us before Ray ends the process
 _RAY_PATIENCE_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
@@ -63,20 +64,31 @@ def head_watched(address: str) -> Iterator[None]:
 
 
 def _watch(address: str, over: threading.Event) -> None:
-    patience_s = PATIENCE * float(os.environ.get(_RAY_PATIENCE_VARIABLE, "60"))
+    patience_s = PATIENCE * RAY_PATIENCE_S
+    with contextlib.suppress(ValueError):  # Ray complains about it itself
+        patience_s = PATIENCE * float(os.environ.get(_RAY_PATIENCE_VARIABLE, RAY_PATIENCE_S))
     answered = time.monotonic()
     while not over.wait(LOOK_EVERY_S):
-        try:
-            require_answer(address)
-        except ClusterError as error:
-            silent_s = time.monotonic() - answered
-            if silent_s >= patience_s and not over.is_set():
-                _end(address, silent_s, error.found)
-        else:
+        silence = _silence_of(address)
+        if silence is None:
             answered = time.monotonic()
+        elif (silent_s := time.monotonic() - answered) >= patience_s and not over.is_set():
+            _end(address, silent_s, silence)
 
 
-def _end(address: str, silent_s: float, found: str | None) -> None:
+def _silence_of(address: str) -> str | None:
+    """How a connection was refused; None where there is one, or none because of this process itself."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (ConnectionError, TimeoutError) as error:
+        return str(error)
+    except OSError as error:
+        return str(error) if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH) else None
+    return None
+
+
+def _end(address: str, silent_s: float, found: str) -> None:
     """Nothing of ours is left to be tidied: Ray ends the process likewise, and a rerun goes on."""
     lost = ClusterError(
         "the Ray cluster has lost its head",

@@ -41,7 +41,7 @@ PIXEL_BYTES_PER_PART = 64_000_000
 ROWS_PER_PART_STEP = 64
 ROWS_PER_PART_MAX = 1024
 # Of one part that travels undecoded (see `read_parts`); a part with more is decoded where it is read.
-MAX_ENCODED_BYTES = 256 << 20
+MAX_ENCODED_BYTES = 128 << 20
 ENCODED_AHEAD_BYTES = 64 << 20  # of images that wait for a decoding thread
 
 
@@ -85,7 +85,7 @@ class Resolved(NamedTuple):
     fingerprint_fields: dict[str, Any]
     width: int
     canary: tuple[tuple[float, ...], ...]
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 def resolve(
@@ -163,7 +163,7 @@ class Part:
                 "samples": pa.array([_ipc(self.samples)], pa.large_binary()),
                 "rejects": pa.array([_ipc(self.rejects)], pa.large_binary()),
                 "array": _one_binary(self.array),
-                "encoded": pa.array([_ipc(self.encoded)], pa.large_binary()),
+                "encoded": _one_ipc(self.encoded),
             }
         )
 
@@ -188,6 +188,20 @@ def _ipc(table: pa.Table | None) -> pa.Buffer | None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
+
+
+def _one_ipc(table: pa.Table | None) -> pa.Array:
+    """As `_ipc`, for tables so large that each copy counts: written once, into a buffer of its size."""
+    if table is None:
+        return pa.nulls(1, pa.large_binary())
+    size = pa.MockOutputStream()
+    with pa.ipc.new_stream(size, table.schema) as writer:
+        writer.write_table(table)
+    data = pa.allocate_buffer(size.size())
+    with pa.ipc.new_stream(pa.FixedSizeBufferWriter(data), table.schema) as writer:
+        writer.write_table(table)
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
 def _from_ipc(value: pa.Scalar) -> pa.Table | None:
@@ -508,7 +522,9 @@ class _EncodedBuilder:
         if self._decoding is not None:
             return self._decoding.finish(last, bytes_read, read_s)
         header = replace(self._header, last=last, bytes_read=bytes_read, read_s=read_s)
-        return Part(header, encoded=_table_of(self._samples))
+        table = _table_of(self._samples)
+        self._samples.clear()  # the images are in the table now
+        return Part(header, encoded=table)
 
 
 _SAMPLES_AS_READ = pa.schema(

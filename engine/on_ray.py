@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray._private.utils import estimate_available_memory
 from ray.data import (
     ActorPoolStrategy,
     DataContext,
@@ -66,18 +67,21 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
+def ray_session(address: str | None, local_cpus: float) -> Iterator[bool]:
     """Connect to a cluster, or start a local Ray and end it afterwards.
 
     Args:
         address: of a running cluster. None: the cluster this process was submitted to (RAY_ADDRESS), else a local Ray.
         local_cpus: logical CPUs of a local Ray; at least what the stages reserve, or they would wait for ever.
 
+    Yields:
+        Whether the session is that of an earlier job of this process, which later ones may share too.
+
     Raises:
         ClusterError: no cluster answers there.
     """
-    if ray.is_initialized():  # several jobs in one process share the session of the first
-        yield
+    if ray.is_initialized():
+        yield True
         return
     address = address or os.environ.get("RAY_ADDRESS")
     _quieten()
@@ -101,7 +105,7 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
     proxied = (address or "").startswith("ray://")  # the proxy holds the session
     try:
         with contextlib.nullcontext() if proxied else head_watched(ray.get_runtime_context().gcs_address):
-            yield
+            yield False
     finally:
         ray.shutdown()
 
@@ -115,7 +119,7 @@ def machines_here() -> Machines:
     """This machine, for a local Ray: the cores, GPUs and memory that this process may use."""
     cpus = float(len(os.sched_getaffinity(0)))
     gpus = _gpus_here()
-    free = _free_memory_bytes()
+    free = float(estimate_available_memory())  # type: ignore[no-untyped-call]  # as Ray will count it
     return Machines(
         cpus=cpus,
         gpus=gpus,
@@ -129,28 +133,14 @@ def machines_here() -> Machines:
 
 
 def _gpus_here() -> float:
-    """NVIDIA devices of this machine or container, as far as CUDA_VISIBLE_DEVICES lets them be seen."""
+    """NVIDIA devices, as far as CUDA_VISIBLE_DEVICES lets them be seen; infinite where /dev has none: Ray knows other
+    ways to find some, and is asked again when it runs."""
     devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return float(len(devices))
+    if not devices or visible is None:
+        return float(len(devices)) or math.inf
     named = [name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
-    return float(min(len(devices), len(named)))
-
-
-def _free_memory_bytes() -> float:
-    """Of this machine or this container, as Ray counts it; where neither says, no limit is known."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(
-            1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-        )
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        limits.append(float(int((group / "memory.max").read_text()) - used))
-    return min(limits, default=math.inf)
+    return float(len(named))
 
 
 def machines_of_cluster() -> Machines:
@@ -198,15 +188,19 @@ def _quieten() -> None:
 # ---------------------------------------------------------------- one task
 
 
-def run_on_worker(function: Callable[..., Any], *arguments: Any, num_cpus: float, num_gpus: float) -> Any:
+def run_on_worker(
+    function: Callable[..., Any], *arguments: Any, num_cpus: float, num_gpus: float, keep_process: bool
+) -> Any:
     """Run one plain function as a task where actors would run, and return its answer.
+
+    Args:
+        keep_process: the process stays, with all that it has imported, for tasks of whatever kind.
 
     Raises:
         EngineError: as the function raised it.
     """
 
-    # max_calls: else its process, with TensorFlow in it, would go on to read shards.
-    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3, max_calls=1)
+    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3, max_calls=0 if keep_process else 1)
     def task() -> tuple[Any, bytes | None]:
         try:
             return function(*arguments), None
@@ -220,11 +214,23 @@ def run_on_worker(function: Callable[..., Any], *arguments: Any, num_cpus: float
     return answer
 
 
-def run_resolve(job_pieces: tuple[Any, ...], sizing: Sizing) -> Resolved:
-    """`engine.extraction.resolve` on a worker of the actors' kind."""
+def run_resolve(job_pieces: tuple[Any, ...], sizing: Sizing, session_is_shared: bool) -> Resolved:
+    """`engine.extraction.resolve` on a worker of the actors' kind.
+
+    Args:
+        session_is_shared: the next job's resolve may find the process warm; else it would go on to read shards, with
+            0.4 GB of TensorFlow in it.
+    """
     resolved: Resolved = run_on_worker(
-        resolve, *job_pieces, sizing.embed_threads, num_cpus=sizing.actor_cpus, num_gpus=sizing.actor_gpus
+        resolve,
+        *job_pieces,
+        sizing.embed_threads,
+        num_cpus=sizing.actor_cpus,
+        num_gpus=sizing.actor_gpus,
+        keep_process=session_is_shared,
     )
+    if session_is_shared:  # the process may have held other networks before
+        resolved = resolved._replace(peak_bytes=None)
     return resolved
 
 
@@ -247,7 +253,7 @@ def run_extract(job: ExtractJob, groups: Sequence[WorkList], sizing: Sizing) -> 
         compute=TaskPoolStrategy(size=min(sizing.decode_tasks, len(groups))),
         override_num_blocks=len(groups),
         num_cpus=READ_TASK_CPUS,
-        memory=needs.reader,
+        memory=sizing.reader_bytes,
     )
     if decoders:
         dataset = dataset.map_batches(
@@ -255,7 +261,7 @@ def run_extract(job: ExtractJob, groups: Sequence[WorkList], sizing: Sizing) -> 
             fn_args=(job,),
             compute=TaskPoolStrategy(size=decoders),
             num_cpus=READ_TASK_CPUS,
-            memory=needs.reader,
+            memory=sizing.reader_bytes,
             **_ONE_PART_A_CALL,
         )
     dataset = dataset.map_batches(

@@ -11,6 +11,7 @@ The slug is for people. These names are a file format: golden values stand in te
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
 import re
@@ -23,7 +24,7 @@ import numpy as np
 SLUG_MAX_CHARS = 80
 _PART_NAME = re.compile(
     r"(?P<slug>[A-Za-z0-9][A-Za-z0-9-]{0,79})\.(?P<path16>[0-9a-f]{16})\.(?P<source8>[0-9a-f]{8})"
-    r"(?:\.(?P<embedding8>[0-9a-f]{8}))?\.(?P<number>[0-9]{5,})(?P<last>\.last)?\.parquet"
+    r"(?:\.(?P<embedding8>[0-9a-f]{8}))?\.(?P<number>[0-9]{5,9})(?P<last>\.last)?\.parquet"
 )
 
 
@@ -97,6 +98,12 @@ class Progress:
     numbers: tuple[int, ...] = ()
     last: int | None = None
 
+    def has(self, name: PartName) -> bool:
+        """Whether this very part exists, as the last one or as another."""
+        at = bisect.bisect_left(self.numbers, name.number)
+        exists = at < len(self.numbers) and self.numbers[at] == name.number
+        return exists and name.last == (name.number == self.last)
+
     @property
     def is_complete(self) -> bool:
         """Parts 0..n exist and n is `.last`."""
@@ -143,6 +150,10 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
         self._path_of_row, self._versions, self._numbers, self._lasts = (column[order] for column in columns)
         self._absent = np.zeros(len(order), bool)
         self._paths, self._begins = np.unique(self._path_of_row, return_index=True)
+        self._asked: tuple[int, dict[Version, Progress]] = (
+            -1,
+            {},
+        )  # whoever asks comes back for the next part
 
     def position(self, path16: str) -> int | None:
         """Ordinal of a shard in the iteration, or None; for noting something about each in an array."""
@@ -172,7 +183,7 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
     def without(self, names: Iterable[PartName]) -> TableProgress:
         """What would exist without some parts; that a shard ends where it ends stays known."""
         rest = copy.copy(self)
-        rest._absent = self._absent.copy()
+        rest._absent, rest._asked = self._absent.copy(), (-1, {})
         for name in names:
             at = self.position(name.path16)
             if at is not None:
@@ -187,6 +198,11 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
 
     def at(self, position: int) -> dict[Version, Progress]:
         """What exists of the shard at a position."""
+        if self._asked[0] != position:
+            self._asked = (position, self._progress_at(position))
+        return self._asked[1]
+
+    def _progress_at(self, position: int) -> dict[Version, Progress]:
         rows = self._rows_of(position)
         numbers: dict[int, list[int]] = {}
         last: dict[int, int] = {}

@@ -60,7 +60,8 @@ class Compute(Config):
     cpus_per_actor: float | None = Field(None, gt=0, le=1024)
     """CPU cores that each actor reserves and computes with; null: the actors of a node share its cores."""
     decode_tasks: int | None = Field(None, ge=1, le=4096)
-    """Shard readers that run at once; null: one per CPU core that no actor has reserved, at least 1."""
+    """Shard readers that run at once; null: one per CPU core that no actor has reserved, as far as memory goes, at
+    least 1."""
     decode_threads: int | None = Field(None, ge=1, le=256)
     """Threads that decode images in each reader; null: 2."""
     memory_per_actor: int | None = Field(None, ge=1)

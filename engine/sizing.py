@@ -6,7 +6,9 @@ Pure: what there is to run on comes in as a value, so that `--plan` and the run 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.errors import ClusterError
 from engine.extraction import ENCODED_AHEAD_BYTES
@@ -58,12 +60,14 @@ class Footprint:
 
     Attributes:
         part: pixels of one full part.
-        reader: a process that reads and decodes; its largest image included.
+        reader: a process that reads and decodes; an image of `limits.max_pixels` included.
+        reader_at_least: the same with no image above LARGE_IMAGE_PIXELS: what most archives need.
         actor: a process that holds the backbone.
     """
 
     part: int
     reader: int
+    reader_at_least: int
     actor: int
 
 
@@ -77,15 +81,16 @@ def footprint(
         actor_peak: bytes that an actor was seen to take; None: not known yet.
     """
     part = rows_per_part * input_size**2 * 3
-    one_large_image = limits.max_pixels * DECODE_BYTES_PER_PIXEL
-    other_images = (decode_threads(compute) - 1) * LARGE_IMAGE_PIXELS * DECODE_BYTES_PER_PIXEL
-    pixels = one_large_image + min(other_images, (decode_threads(compute) - 1) * one_large_image)
+    image = min(limits.max_pixels, LARGE_IMAGE_PIXELS) * DECODE_BYTES_PER_PIXEL
+    large_image = limits.max_pixels * DECODE_BYTES_PER_PIXEL  # one at a time
     # A part that is being filled and one that is being handed on.
-    reader = READER_BASE_BYTES + 2 * part + pixels + ENCODED_AHEAD_BYTES + limits.max_sample_bytes
+    others = READER_BASE_BYTES + 2 * part + (decode_threads(compute) - 1) * image + ENCODED_AHEAD_BYTES
+    reader = others + large_image + limits.max_sample_bytes
     actor = math.ceil(actor_peak * ACTOR_HEADROOM) if actor_peak is not None else ACTOR_BYTES
     return Footprint(
         part=part,
         reader=compute.memory_per_reader or reader,
+        reader_at_least=compute.memory_per_reader or others + image,
         actor=compute.memory_per_actor or actor,
     )
 
@@ -102,6 +107,7 @@ class Sizing:
         embed_threads: threads one actor computes with.
         decode_tasks: readers at once, each reserving one core together with the writers.
         decode_threads: in each reader.
+        reader_bytes: what each reader reserves.
         footprint: bytes of each kind of process.
     """
 
@@ -113,6 +119,7 @@ class Sizing:
     embed_threads: int
     decode_tasks: int
     decode_threads: int
+    reader_bytes: int
     footprint: Footprint
 
     @property
@@ -130,12 +137,15 @@ class Sizing:
         """Of all processes together."""
         needs = self.footprint
         return (
-            self.start_actors * needs.actor + self.decode_tasks * needs.reader + self.writers * WRITER_BYTES
+            self.start_actors * needs.actor
+            + self.decode_tasks * self.reader_bytes
+            + self.writers * WRITER_BYTES
         )
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of parts between the stages, at most: an actor computes on one while another waits, and so on."""
+        """Of parts between the stages, at most: an actor computes on one while another waits, and so on; enough for the
+        largest pool of actors that the recipe allows."""
         return (2 * self.actors + 4 * self.decode_tasks + 4) * self.footprint.part
 
     def decoders(self, read_tasks: int, bytes_total: int) -> int:
@@ -164,7 +174,12 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
     share = compute.cpus_per_actor or machines.largest_node_cpus / math.ceil(start / max(1, machines.nodes))
     free_cpus = int(machines.cpus - start * actor_cpus)
     free_memory = machines.memory - start * needs.actor - max(2, start) * WRITER_BYTES
-    readers = min(free_cpus, free_memory // needs.reader)
+    # A process takes its memory from one node, and what is left over there may be too little for another: readers that
+    # took every last byte could leave an actor that is to be started again without a place.
+    free_memory -= max(0, machines.nodes - 1) * min(needs.actor, needs.reader)
+    fits = free_memory >= needs.reader * (compute.decode_tasks or 1)
+    reader_bytes = needs.reader if fits else needs.reader_at_least
+    readers = min(free_cpus, free_memory // reader_bytes)
     return Sizing(
         actors=at_most,
         min_actors=at_least,
@@ -174,13 +189,14 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
         embed_threads=max(1, int(share)),
         decode_tasks=compute.decode_tasks or max(1, int(readers)),
         decode_threads=decode_threads(compute),
+        reader_bytes=reader_bytes,
         footprint=needs,
     )
 
 
 def _actors_that_fit(compute: Compute, actor_cpus: float, machines: Machines, needs: Footprint) -> int:
     """Beside one reader; without GPUs they take no more than half of the cores, or nobody would feed them."""
-    by_memory = (machines.memory - needs.reader - 2 * WRITER_BYTES) // (needs.actor + WRITER_BYTES)
+    by_memory = (machines.memory - needs.reader_at_least - 2 * WRITER_BYTES) // (needs.actor + WRITER_BYTES)
     if compute.gpus_per_actor:
         by_gpu = machines.gpus // compute.gpus_per_actor
         return int(min(by_gpu, (machines.cpus - 1) // actor_cpus, by_memory, 1 << 20))
@@ -190,68 +206,86 @@ def _actors_that_fit(compute: Compute, actor_cpus: float, machines: Machines, ne
 def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None:
     """Refuse a layout that these machines can never hold.
 
+    Cores are not refused where Ray is local: it is told of as many as are asked for, and they are shared.
+
     Returns:
-        A warning where they are a cluster that may yet grow; None where all is well.
+        A warning where they are a cluster that may yet grow, or where an image of `limits.max_pixels` would be too
+        much; None where all is well.
 
     Raises:
         ClusterError: with the arithmetic.
     """
-    needs = sizing.footprint
-    actors = f"{sizing.min_actors} actors x"
-    claims = [
-        (
-            f"CPUs: {sizing.min_actors * sizing.actor_cpus + 1:g} = {actors} {sizing.actor_cpus:g} + 1 for a reader",
-            sizing.min_actors * sizing.actor_cpus + 1 > machines.cpus,
-            "compute.actors or compute.cpus_per_actor",
-        ),
-        (
-            f"GPUs: {sizing.min_actors * sizing.actor_gpus:g} = {actors} {sizing.actor_gpus:g}",
-            sizing.min_actors * sizing.actor_gpus > machines.gpus,
-            "compute.actors or compute.gpus_per_actor",
-        ),
-        _memory_claim(sizing, machines),
-        (
-            f"memory of one node: {_gb(max(needs.actor, needs.reader))} for one "
-            f"{'actor' if needs.actor > needs.reader else 'reader'}",
-            max(needs.actor, needs.reader) > machines.largest_node_memory,
-            "compute.memory_per_actor, limits.max_pixels or output.rows_per_part",
-        ),
-        (
-            f"object store: {_gb(sizing.min_actors * 2 * needs.part)} = {actors} 2 parts x {_gb(needs.part)} of pixels",
-            sizing.min_actors * 2 * needs.part > machines.object_store,
-            "output.rows_per_part or compute.actors",
-        ),
-    ]
-    unmet = [(claim, lower) for claim, is_unmet, lower in claims if is_unmet]
+    unmet = [claim for claim in _claims(sizing, machines, can_grow) if claim.is_unmet]
     if not unmet:
-        return None
+        return _large_image_warning(sizing)
     found = f"{machines.cpus:g} CPUs, {machines.gpus:g} GPUs, memory {_gb(machines.memory)} "
     found += f"(at most {_gb(machines.largest_node_memory)} on one node), "
     found += f"object store {_gb(machines.object_store)}"
-    wanted = "; ".join(claim for claim, _ in unmet)
+    wanted = "; ".join(claim.arithmetic for claim in unmet)
     if can_grow:
-        return f"the cluster has {found} now, and needs {wanted}: waiting for it to grow"
+        return f"the cluster has {found} now, and needs {wanted}: waiting for it to grow (a fixed cluster: Ctrl-C)"
     raise ClusterError(
         "this machine cannot hold what the recipe asks for",
         found=found,
         wanted=wanted,
-        way_out=f"lower {' or '.join(lower for _, lower in unmet)}, or give the compute.address of a cluster",
+        way_out=f"lower {'; '.join(dict.fromkeys(claim.lower for claim in unmet))}; or give the compute.address of a "
+        "cluster",
     )
 
 
-def _memory_claim(sizing: Sizing, machines: Machines) -> tuple[str, bool, str]:
-    needs = sizing.footprint
+class _Claim(NamedTuple):
+    arithmetic: str
+    is_unmet: bool
+    lower: str  # what to lower
+
+
+def _claims(sizing: Sizing, machines: Machines, is_cluster: bool) -> Iterator[_Claim]:
+    needs, least = sizing.footprint, sizing.min_actors
+    actors = f"{least} actors x"
+    if is_cluster:
+        yield _Claim(
+            f"CPUs: {least * sizing.actor_cpus + 1:g} = {actors} {sizing.actor_cpus:g} + 1 for a reader",
+            least * sizing.actor_cpus + 1 > machines.cpus or sizing.actor_cpus > machines.largest_node_cpus,
+            "compute.actors or compute.cpus_per_actor",
+        )
+    yield _Claim(
+        f"GPUs: {least * sizing.actor_gpus:g} = {actors} {sizing.actor_gpus:g}",
+        least * sizing.actor_gpus > machines.gpus or sizing.actor_gpus > machines.largest_node_gpus,
+        "compute.actors or compute.gpus_per_actor",
+    )
     terms = [
-        (sizing.min_actors, "actors", needs.actor),
-        (sizing.decode_tasks, "readers", needs.reader),
+        (least, "actors", needs.actor),
+        (sizing.decode_tasks, "readers", sizing.reader_bytes),
         (sizing.writers, "writers", WRITER_BYTES),
     ]
     total = sum(count * size for count, _, size in terms)
-    arithmetic = " + ".join(f"{count} {name} x {_gb(size)}" for count, name, size in terms)
-    lower = (
-        "limits.max_pixels (an image may take 8 bytes a pixel), output.rows_per_part or compute.decode_tasks"
+    lower = "compute.memory_per_actor, compute.memory_per_reader (what they are believed to need), compute.decode_tasks"
+    yield _Claim(
+        f"memory: {_gb(total)} = "
+        + " + ".join(f"{count} {name} x {_gb(size)}" for count, name, size in terms),
+        total > machines.memory,
+        lower,
     )
-    return f"memory: {_gb(total)} = {arithmetic}", total > machines.memory, lower
+    largest, who = max((needs.actor, "actor"), (sizing.reader_bytes, "reader"))
+    yield _Claim(
+        f"memory of one node: {_gb(largest)} for one {who}",
+        largest > machines.largest_node_memory,
+        f"compute.memory_per_{who}",
+    )
+    yield _Claim(
+        f"object store: {_gb(least * 2 * needs.part)} = {actors} 2 parts x {_gb(needs.part)} of pixels",
+        least * 2 * needs.part > machines.object_store,
+        "output.rows_per_part (of a new table) or compute.actors",
+    )
+
+
+def _large_image_warning(sizing: Sizing) -> str | None:
+    if sizing.reader_bytes >= sizing.footprint.reader:
+        return None
+    return (
+        f"readers reserve {_gb(sizing.reader_bytes)} each; an image of limits.max_pixels can take one to "
+        f"{_gb(sizing.footprint.reader)}, which is not there"
+    )
 
 
 def _gb(size: float) -> str:

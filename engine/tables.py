@@ -7,6 +7,7 @@ what is computed in between is not known here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -402,7 +403,7 @@ def is_read(progress: TableProgress, name: PartName) -> bool:
     versions = progress.get(name.path16, {})
     if name.source8 not in versions or version_to_read(versions) != name.source8:
         return False
-    return name.number in versions[name.source8].numbers
+    return versions[name.source8].has(name)
 
 
 def _errors_of(store: Store, name: PartName) -> list[str]:
@@ -411,7 +412,14 @@ def _errors_of(store: Store, name: PartName) -> list[str]:
         encoded = store.read(f"{REJECTS_FOLDER}{name}")
     except ObjectNotFound:
         return []
-    errors: list[str] = pq.read_table(io.BytesIO(encoded), columns=["error"])["error"].to_pylist()
+    try:
+        errors: list[str] = pq.read_table(io.BytesIO(encoded), columns=["error"])["error"].to_pylist()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise TableDamaged(
+            f"{store.uri}/{REJECTS_FOLDER}{name}: not a rejects file",
+            found=" ".join(str(error).split())[:200],
+            way_out="delete it and its namesake in data/, and run extract again",
+        ) from None
     return errors
 
 
@@ -434,14 +442,14 @@ def sweep(store: Store, identity8_now: Callable[[str], str | None]) -> int:
         Number of data parts deleted.
     """
     progress = table_progress(store)
+    # Listed before the source is asked: what another run commits after that is not judged.
+    candidates = _parts_of_shards(store, frozenset(progress.in_several_versions()))
     superseded: set[tuple[str, str]] = set()
-    for path16, path in shard_paths(store, frozenset(progress.in_several_versions())).items():
+    for path16, path in _paths_of(store, candidates).items():
         versions, current = progress[path16], identity8_now(path)
         if current in versions and versions[current].is_complete:
             superseded.update((path16, version) for version in versions if version != current)
-    doomed = []
-    if superseded:
-        doomed = [name for name in part_names(store) if (name.path16, name.source8) in superseded]
+    doomed = [name for name in candidates if (name.path16, name.source8) in superseded]
     for name in doomed:
         store.delete(f"{DATA_FOLDER}{name}")  # data first: rejects without their data part do not count
         store.delete(f"{REJECTS_FOLDER}{name}")
@@ -457,7 +465,7 @@ def _sweep_orphaned_rejects(store: Store, identity8_now: Callable[[str], str | N
     progress = table_progress(store)
     for name in rejects:
         done = progress.get(name.path16, {}).get(name.source8)
-        if done is None or name.number not in done.numbers:
+        if done is None or not done.has(name):
             path = _path_in_rejects(store, name)
             current = identity8_now(path) if path is not None else None
             if current is not None and current != name.source8:
@@ -469,7 +477,7 @@ def _path_in_rejects(store: Store, name: PartName) -> str | None:
     try:
         encoded = store.read(f"{REJECTS_FOLDER}{name}")
         paths = pq.read_table(io.BytesIO(encoded), columns=["shard"])["shard"]
-    except (ObjectNotFound, pa.ArrowInvalid, KeyError):
+    except (ObjectNotFound, pa.ArrowException, OSError, KeyError):  # verify names it
         return None
     path: str | None = paths[0].as_py() if len(paths) else None
     return path if path is not None and path16_of(path) == name.path16 else None
@@ -485,20 +493,21 @@ def _parts_of_shards(store: Store, wanted: Collection[str]) -> list[PartName]:
 
 
 def _paths_of(store: Store, parts: Iterable[PartName]) -> dict[str, str]:
-    one_part = {name.path16: name for name in parts}
+    """path16 -> path, of the shards that have a part whose footer says it."""
+    by_shard: dict[str, list[PartName]] = {}
+    for name in parts:
+        by_shard.setdefault(name.path16, []).append(name)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        facts = pool.map(lambda name: _facts_if_there(store, name), one_part.values())
-        return {
-            path16: found.shard for path16, found in zip(one_part, facts, strict=True) if found is not None
-        }
+        paths = pool.map(lambda names: _path_in_footers(store, names), by_shard.values())
+        return {path16: path for path16, path in zip(by_shard, paths, strict=True) if path is not None}
 
 
-def _facts_if_there(store: Store, name: PartName) -> EmbeddingPartFacts | None:
-    """None where another run has just swept the part away."""
-    try:
-        return read_embedding_facts(store, name)
-    except (ObjectNotFound, ObjectChanged):
-        return None
+def _path_in_footers(store: Store, names: Iterable[PartName]) -> str | None:
+    """From the first part that is there and whole: another run may sweep them away, and `verify` names damage."""
+    for name in names:
+        with contextlib.suppress(ObjectNotFound, ObjectChanged, TableDamaged):
+            return read_embedding_facts(store, name).shard
+    return None
 
 
 def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]) -> tuple[int, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -97,16 +98,16 @@ def run(
     same_backbone = found is not None and found["backbone"] == recipe.backbone.model_dump(mode="json")
     record = found if same_backbone else None
     if pending.works or record is None:
-        with ray_session(recipe.compute.address, local_cpus=sizing.cpus_reserved):
+        local_cpus = max(sizing.cpus_reserved, machines_here().cpus)
+        with ray_session(recipe.compute.address, local_cpus) as is_shared:
             machines = machines_of_cluster()
-            if record is None:
-                _require_room(
-                    _sizing(recipe, None, machines), machines, joins_cluster(recipe.compute.address)
-                )
-                resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing)
-                record = _claim(recipe, table, found, resolved)
             sizing = _sizing(recipe, record, machines)
             _require_room(sizing, machines, joins_cluster(recipe.compute.address))
+            if record is None:
+                resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing, is_shared)
+                record = _claim(recipe, table, found, resolved)
+                sizing = _sizing(recipe, record, machines)  # what an actor takes is known now
+                _require_room(sizing, machines, joins_cluster(recipe.compute.address))
             groups = read_tasks(pending.works, sizing.decode_tasks)
             if groups:
                 _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
@@ -133,7 +134,7 @@ def run(
         "bytes_read": totals.bytes_read,
         "seconds": round(seconds, 3),
         "images_per_second": round(totals.rows / seconds, 1),
-        "bottleneck": totals.bottleneck(_parallelism(sizing, len(groups))),
+        "bottleneck": totals.bottleneck(_parallelism(sizing, len(groups), pending.bytes_total)),
     }
     return Outcome(summary, failed_shards_verdict(totals, recipe.limits) or over_budget)
 
@@ -179,7 +180,7 @@ def plan(
         "decode_threads": sizing.decode_threads,
         "tasks_that_only_decode": sizing.decoders(len(groups), pending.bytes_total),
         "memory_per_actor": sizing.footprint.actor,
-        "memory_per_reader": sizing.footprint.reader,
+        "memory_per_reader": sizing.reader_bytes,
         "memory_in_all": sizing.bytes_in_all,
         "parts_in_flight_at_most": sizing.bytes_in_flight // sizing.footprint.part,
         "runs_on": recipe.compute.address or "the cluster of RAY_ADDRESS if that is set, else a local Ray",
@@ -254,10 +255,16 @@ def _sizing(recipe: ExtractRecipe, record: Record | None, machines: Machines) ->
 
 
 def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:
+    """Refuse what cannot fit; say once what may not."""
     from engine.sizing import check_room
 
     if warning := check_room(sizing, machines, can_grow):
-        say(f"warning: {warning}")
+        _say_once(f"warning: {warning}")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _rows_per_part(recipe: ExtractRecipe, record: Record | None) -> int:
@@ -407,12 +414,12 @@ def _is_taken_over(reader: ShardReader, source: Store, path: str, progress: Tabl
     return version in versions and versions[version].is_complete
 
 
-def _parallelism(sizing: Sizing, num_groups: int) -> dict[str, float]:
+def _parallelism(sizing: Sizing, num_groups: int, bytes_total: int) -> dict[str, float]:
     """Workers of each stage that had something to do, for naming the bottleneck."""
     readers = max(1, min(sizing.decode_tasks, num_groups))
     return {
         "read": readers,
-        "decode": readers * sizing.decode_threads,
+        "decode": (sizing.decoders(num_groups, bytes_total) or readers) * sizing.decode_threads,
         "embed": sizing.start_actors,
         "write": sizing.writers,
     }

@@ -54,6 +54,16 @@ def test_the_bottleneck_is_the_stage_whose_workers_were_busy_longest() -> None:
     assert RunTotals().bottleneck({"read": 1, "decode": 1, "embed": 1, "write": 1}) is None
 
 
+def test_a_receipt_for_another_shard_is_never_counted_as_one_of_ours() -> None:
+    works = [ShardWork(ObjectInfo(f"{number}.tar", 1, "v1")) for number in range(20)]
+    for number in range(100):
+        totals = RunTotals()
+        totals.start(works)
+        with pytest.raises(TableDamaged, match="was not to do"):
+            totals.add(Receipt(PartHeader(f"alien-{number}.tar", "v1", 0, last=True)))
+        assert totals.shards_done == 0
+
+
 def test_of_very_many_failed_shards_some_are_kept_with_their_reasons_and_all_are_counted() -> None:
     works = [ShardWork(ObjectInfo(f"{number:04d}.tar", 1, "v1")) for number in range(3 * FAILURES_KEPT)]
     totals = RunTotals()

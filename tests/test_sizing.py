@@ -9,7 +9,7 @@ from engine.recipes import ActorRange, Compute, Limits
 from engine.sizing import Footprint, Machines, Sizing, check_room, footprint, size_up
 
 GB = 10**9
-NEEDS = Footprint(part=64_000_000, reader=2 * GB, actor=2 * GB)
+NEEDS = Footprint(part=64_000_000, reader=2 * GB, reader_at_least=GB, actor=2 * GB)
 
 
 def node(cpus: float = 8, gpus: float = 0, memory: float = 100 * GB, store: float = 30 * GB) -> Machines:
@@ -36,6 +36,30 @@ def test_actors_of_a_node_share_its_cores() -> None:
 def test_one_core_is_enough() -> None:
     sizing = size_up(Compute(), node(cpus=1), NEEDS)
     assert (sizing.embed_threads, sizing.decode_tasks, sizing.cpus_reserved) == (1, 1, 2)
+    assert check_room(sizing, node(cpus=1), can_grow=False) is None
+    assert "CPUs: 2 = 1 actors x 1" in str(check_room(sizing, node(cpus=1), can_grow=True))  # of a cluster
+
+
+def test_what_no_node_of_a_cluster_can_hold_is_said() -> None:
+    cluster = Machines(cpus=8, gpus=4, largest_node_cpus=2, largest_node_gpus=1, nodes=4)
+    for compute in (Compute(cpus_per_actor=4), Compute(gpus_per_actor=2)):
+        assert "waiting for it to grow" in str(check_room(layout(compute, cluster), cluster, can_grow=True))
+    assert check_room(layout(Compute(gpus_per_actor=1), cluster), cluster, can_grow=True) is None
+
+
+def test_readers_leave_room_for_an_actor_on_some_node() -> None:
+    cluster = Machines(
+        cpus=8, gpus=0, largest_node_cpus=4, largest_node_gpus=0, nodes=2, memory=8 * GB, object_store=8 * GB
+    )
+    needs = Footprint(part=1, reader=int(2.4 * GB), reader_at_least=GB, actor=2 * GB)
+    assert size_up(Compute(), cluster, needs).decode_tasks == 1
+
+
+def test_where_memory_is_short_readers_do_without_the_largest_image_and_that_is_said() -> None:
+    small = node(cpus=4, memory=3.6 * GB)
+    sizing = layout(Compute(), small)
+    assert (sizing.reader_bytes, sizing.decode_tasks) == (GB, 1)
+    assert "limits.max_pixels" in str(check_room(sizing, small, can_grow=False))
 
 
 def test_there_are_no_more_readers_than_memory_for_them() -> None:
@@ -50,7 +74,7 @@ def test_there_are_no_more_readers_than_memory_for_them() -> None:
         (node(cpus=16, gpus=3), 0.5, 6),
         (node(cpus=16, gpus=8), 1, 6),
         (node(cpus=4, gpus=8), 1, 3),
-        (node(cpus=16, gpus=8, memory=9 * GB), 1, 2),
+        (node(cpus=16, gpus=8, memory=8 * GB), 1, 2),
         (node(cpus=16), 0, 6),
         (node(cpus=8), 0, 4),
         (node(cpus=1), 0, 2),
@@ -78,7 +102,9 @@ def test_the_largest_image_and_two_parts_are_in_the_bytes_of_a_reader() -> None:
     needs = footprint(Compute(), Limits(), 100, 100, 10**9)
     assert (needs.part, needs.actor) == (3_000_000, 1_250_000_000)
     given = Compute(memory_per_actor=5, memory_per_reader=6)
-    assert footprint(given, Limits(), 100, 100, 10**9) == Footprint(part=3_000_000, reader=6, actor=5)
+    assert footprint(given, Limits(), 100, 100, 10**9) == Footprint(
+        part=3_000_000, reader=6, reader_at_least=6, actor=5
+    )
 
 
 def layout(compute: Compute, machines: Machines) -> Sizing:
@@ -92,12 +118,11 @@ def test_what_fits_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("compute", "machines", "arithmetic"),
     [
-        (Compute(actors=ActorRange(min=4, max=4)), node(cpus=4), "CPUs: 5 = 4 actors x 1 \\+ 1 for a reader"),
         (Compute(gpus_per_actor=2), node(gpus=1), "GPUs: 2 = 1 actors x 2"),
         (
             Compute(actors=ActorRange(min=2, max=2), decode_tasks=3),
-            node(memory=10 * GB),
-            "memory: 10.50 GB = 2 actors x 2.00 GB \\+ 3 readers x 2.00 GB \\+ 2 writers x 0.25 GB",
+            node(memory=7 * GB),
+            "memory: 7.50 GB = 2 actors x 2.00 GB \\+ 3 readers x 1.00 GB \\+ 2 writers x 0.25 GB",
         ),
         (
             Compute(),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -501,13 +502,29 @@ def test_a_flipped_bit_in_a_whole_object_is_noticed_by_its_digest_and_read_again
     assert proxy.faults()["corrupt"] >= 5
 
 
-def test_a_store_whose_etags_only_look_like_digests_is_read_twice_once(
+def test_a_store_whose_etags_only_look_like_digests_is_read_twice_for_some_objects_only(
     s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.storage.s3_download._buckets_without_md5", set())
+    monkeypatch.setattr("engine.storage.s3_download._buckets_with_md5", set())
+    monkeypatch.setattr("engine.storage.s3_download._without_md5", Counter())
     with serving(MisleadingStore) as (endpoint, handler):
         store = open_store("s3://bucket", StorageConfig(endpoint_url=endpoint))
-        infos = [store.write(name, b"12345") for name in "ab"]
+        infos = [store.write(name, b"12345") for name in "abcde"]
         handler.requests.clear()
-        assert [store.read(info.path, expected=info) for info in infos] == [b"12345"] * 2
-        assert handler.requests == ["GET"] * 3
+        assert [store.read(info.path, expected=info) for info in infos] == [b"12345"] * 5
+        assert handler.requests == ["GET"] * (2 * 3 + 2)
+
+
+def test_a_link_whose_way_leads_through_a_file_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "odd").symlink_to(tmp_path / "file" / "below")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    store = open_store(str(tmp_path))
+    assert [info.path for info in store.list()] == list(store.names()) == ["file"]
+
+
+def test_names_of_a_place_that_is_a_file_are_refused_as_its_listing_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    for listing in (open_store(str(tmp_path / "file")).list, open_store(str(tmp_path / "file")).names):
+        with pytest.raises(StorageError, match="is a file, not a folder"):
+            list(listing())

@@ -252,6 +252,41 @@ def test_the_sweep_removes_old_versions_only_once_the_present_one_is_complete(st
     assert list(store.list("rejects/")) == []
 
 
+@pytest.mark.parametrize("damage", [b"", b"PAR1 not parquet PAR1"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_damaged_part_of_an_old_version_does_not_end_the_sweep(
+    store: Store, number: int, damage: bytes
+) -> None:
+    for identity in ("old", "new"):
+        write(store, "a.tar", 0, last=False, identity=identity)
+        write(store, "a.tar", 1, last=True, identity=identity)
+    store.write(f"data/{part_name('a.tar', 'old', number, number == 1)}", damage)
+    assert sweep(store, lambda _: hash8_of("new")) == 2
+    assert set(table_progress(store)[path16_of("a.tar")]) == {hash8_of("new")}
+
+
+def test_rejects_that_cannot_be_read_are_left_to_verify_by_the_sweep_and_named_by_the_budget(
+    store: Store,
+) -> None:
+    write(store, "a.tar", 0, last=True, reasons=("no_image",))
+    orphan = part_name("b.tar", "old", 0, last=True)
+    store.write(f"rejects/{orphan}", b"rotten")
+    assert sweep(store, lambda _: hash8_of("new")) == 0
+    ((name, _),) = list_parts(store)
+    store.write(f"rejects/{name}", b"rotten")
+    with pytest.raises(TableDamaged, match=str(name)):
+        count_rejects(store, table_progress(store))
+
+
+def test_rejects_of_another_end_of_the_shard_do_not_count(store: Store) -> None:
+    write(store, "a.tar", 0, last=True, reasons=("no_image",))
+    ((name, _),) = list_parts(store)
+    encoded = store.read(f"rejects/{name}")
+    store.delete(f"rejects/{name}")
+    store.write(f"rejects/{part_name('a.tar', IDENTITY, 0, last=False)}", encoded)
+    assert count_rejects(store, table_progress(store))[0] == {}
+
+
 def test_pruning_asks_once_more_and_keeps_what_is_still_there(store: Store) -> None:
     for shard in ("gone.tar", "here.tar", "listed.tar"):
         write(store, shard, 0, last=True)

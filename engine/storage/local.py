@@ -50,13 +50,11 @@ class LocalStore(Store):
         super().__init__(_absolute_path(uri), config)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        folder = checked_prefix(prefix, self.uri).rpartition("/")[0]
-        if os.path.exists(self.uri) and not os.path.isdir(self.uri):
-            raise StorageError(f"{self.uri} is a file, not a folder", way_out="give the folder that holds it")
+        folder = self._folder_of(prefix)
         return self._walk(f"{folder}/" if folder else "", prefix, ())
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        folder = checked_prefix(prefix, self.uri).rpartition("/")[0]
+        folder = self._folder_of(prefix)
         return self._walk_names(f"{folder}/" if folder else "", prefix, ())
 
     def info(self, path: str) -> ObjectInfo:
@@ -113,6 +111,12 @@ class LocalStore(Store):
             )
         return os.path.join(self.uri, checked_path(path, self.uri))
 
+    def _folder_of(self, prefix: str) -> str:
+        """The folder that a listing begins in."""
+        if os.path.exists(self.uri) and not os.path.isdir(self.uri):
+            raise StorageError(f"{self.uri} is a file, not a folder", way_out="give the folder that holds it")
+        return checked_prefix(prefix, self.uri).rpartition("/")[0]
+
     def _walk(self, base: str, prefix: str, above: tuple[_FolderId, ...]) -> Iterator[ObjectInfo]:
         """Objects below the folder `base` ("" or ending in "/"), which lies in the folders `above`."""
         here = _folder_id(os.path.join(self.uri, base))
@@ -145,7 +149,7 @@ class LocalStore(Store):
         with _own_words("list", file):
             try:
                 status = os.stat(file)
-            except FileNotFoundError:  # also a link to nothing
+            except (FileNotFoundError, NotADirectoryError):  # also a link to nothing
                 return None
             except OSError as error:
                 if error.errno == errno.ELOOP:  # a link to itself

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -27,7 +28,10 @@ _OWN_KEY = (
     "SSEKMSKeyId",
     "SSECustomerAlgorithm",
 )  # of an answer: the ETag is then not the MD5, though it looks like one
-_buckets_without_md5: set[str] = set()  # two reads agreed with each other, and not with the ETag
+# By bucket: whether an ETag ever was the MD5 of its object, and how many objects came twice alike with another one.
+_buckets_with_md5: set[str] = set()
+_without_md5: Counter[str] = Counter()
+MOST_WITHOUT_MD5 = 3  # so many, and none with: the store has ETags of its own
 
 
 @final
@@ -73,7 +77,8 @@ class Download:
             self._length = len(self._received) + answer["ContentLength"]
             while piece := await body.read(PIECE_BYTES):
                 self._received += piece
-                self._md5.update(piece)
+                if self._offset == 0:  # else it is not the whole object, and there is nothing to compare with
+                    self._md5.update(piece)
                 self._on_bytes(len(piece))
         if len(self._received) != self._length:
             raise aws.IncompleteReadError(actual_bytes=len(self._received), expected_bytes=self._length)
@@ -83,18 +88,23 @@ class Download:
     def _check_digest(self, answer: Mapping[str, Any]) -> None:
         """Ask for all of it again where a whole object does not have the MD5 that its ETag is.
 
-        Some stores have other ETags of that look: where two reads agree, the ETag is none of the bytes, and the bucket
-        is not checked any more.
+        Some stores have other ETags of that look: where two reads agree, the object is taken as it is, and after some
+        such objects the bucket is not checked any more.
         """
         bucket, size = self._place["Bucket"], _size_of(answer)
         is_whole = self._offset == 0 and len(self._received) == size
-        if not is_whole or not self._etag or not _MD5.fullmatch(self._etag) or bucket in _buckets_without_md5:
+        if not is_whole or not self._etag or not _MD5.fullmatch(self._etag):
+            return
+        if bucket not in _buckets_with_md5 and _without_md5[bucket] >= MOST_WITHOUT_MD5:
             return
         found = self._md5.hexdigest()
-        if found == self._etag or any(answer.get(name) for name in _OWN_KEY):
+        if found == self._etag:
+            _buckets_with_md5.add(bucket)
+            return
+        if any(answer.get(name) for name in _OWN_KEY):
             return
         if found in self._wrong_digests:
-            _buckets_without_md5.add(bucket)
+            _without_md5[bucket] += 1
             return
         self._wrong_digests.add(found)
         self._forget()

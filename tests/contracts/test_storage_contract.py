@@ -102,7 +102,7 @@ def test_listing_is_in_code_point_order_of_the_whole_path(store: Store) -> None:
         names.remove("a")  # a disk cannot hold a file and a folder of one name
     for name in names:
         store.write(name, b"x")
-    assert paths(store) == sorted(names)
+    assert paths(store) == sorted(store.names()) == sorted(names)
 
 
 def test_listing_takes_a_prefix_as_text(store: Store) -> None:
@@ -111,6 +111,8 @@ def test_listing_takes_a_prefix_as_text(store: Store) -> None:
     assert paths(store, "data/") == ["data/1", "data/2/3"]
     assert paths(store, "data") == ["data/1", "data/2/3", "data2/4"]
     assert paths(store, "data/2") == ["data/2/3"]
+    for prefix in ("data/", "data", "data/2", "nothing/", "data/1/"):
+        assert sorted(store.names(prefix)) == paths(store, prefix)
     assert paths(store, "nothing/") == paths(store, "data/1/") == []
     assert paths(store.sub("data")) == ["1", "2/3"]
 
