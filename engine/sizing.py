@@ -179,7 +179,7 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
     free_memory -= max(0, machines.nodes - 1) * min(needs.actor, needs.reader)
     fits = free_memory >= needs.reader * (compute.decode_tasks or 1)
     reader_bytes = needs.reader if fits else needs.reader_at_least
-    readers = min(free_cpus, free_memory // reader_bytes)
+    readers = min(free_cpus, _times(free_memory, reader_bytes))
     return Sizing(
         actors=at_most,
         min_actors=at_least,
@@ -196,11 +196,16 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
 
 def _actors_that_fit(compute: Compute, actor_cpus: float, machines: Machines, needs: Footprint) -> int:
     """Beside one reader; without GPUs they take no more than half of the cores, or nobody would feed them."""
-    by_memory = (machines.memory - needs.reader_at_least - 2 * WRITER_BYTES) // (needs.actor + WRITER_BYTES)
+    by_memory = _times(machines.memory - needs.reader_at_least - 2 * WRITER_BYTES, needs.actor + WRITER_BYTES)
     if compute.gpus_per_actor:
-        by_gpu = machines.gpus // compute.gpus_per_actor
-        return int(min(by_gpu, (machines.cpus - 1) // actor_cpus, by_memory, 1 << 20))
-    return int(min(machines.cpus // 2 // actor_cpus, by_memory, 1 << 20))
+        by_gpu = _times(machines.gpus, compute.gpus_per_actor)
+        return int(min(by_gpu, _times(machines.cpus - 1, actor_cpus), by_memory))
+    return int(min(_times(machines.cpus // 2, actor_cpus), by_memory))
+
+
+def _times(available: float, each: float) -> float:
+    """How often `each` is in it; of infinity Python says that this is not a number."""
+    return available if math.isinf(available) else available // each
 
 
 def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None:

@@ -1,5 +1,6 @@
 """How a run is laid out on machines, in cores and bytes, and what is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,8 @@ def test_there_are_no_more_readers_than_memory_for_them() -> None:
         (node(cpus=16), 0, 6),
         (node(cpus=8), 0, 4),
         (node(cpus=1), 0, 2),
+        (node(cpus=16, gpus=math.inf, memory=math.inf), 1, 6),
+        (node(cpus=6, gpus=math.inf), 0.5, 5),
     ],
 )
 def test_a_pool_starts_with_as_many_actors_as_there_is_room_for(
