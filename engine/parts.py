@@ -139,12 +139,31 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
     """
 
     def __init__(self, names: Iterable[PartName] = ()) -> None:
+        self._sort((int(name.path16, 16), int(name.source8, 16), name.number, name.last) for name in names)
+
+    @staticmethod
+    def of_paths(paths: Iterable[str], folder: str) -> TableProgress:
+        """Of the files in a folder, in any order, those that are parts; without a PartName for each of a million.
+
+        Args:
+            folder: what each path begins with, up to its slash.
+        """
+        progress, begin = TableProgress(), len(folder)
+        matches = (_PART_NAME.fullmatch(path, begin) for path in paths)
+        progress._sort(
+            (int(match[2], 16), int(match[3], 16), int(match[5]), match[6] is not None)
+            for match in matches
+            if match is not None
+        )
+        return progress
+
+    def _sort(self, parts: Iterable[tuple[int, int, int, bool]]) -> None:
         paths, versions, numbers, lasts = array("Q"), array("I"), array("I"), array("B")
-        for name in names:
-            paths.append(int(name.path16, 16))
-            versions.append(int(name.source8, 16))
-            numbers.append(name.number)
-            lasts.append(name.last)
+        for path, version, number, last in parts:
+            paths.append(path)
+            versions.append(version)
+            numbers.append(number)
+            lasts.append(last)
         columns = [np.array(column, column.typecode) for column in (paths, versions, numbers, lasts)]
         order = np.lexsort(columns[2::-1])
         self._path_of_row, self._versions, self._numbers, self._lasts = (column[order] for column in columns)

@@ -280,7 +280,7 @@ def part_names(store: Store, folder: str = DATA_FOLDER) -> Iterator[PartName]:
 
 def table_progress(store: Store) -> TableProgress:
     """What exists, from one listing of `data/`."""
-    return TableProgress(part_names(store))
+    return TableProgress.of_paths(store.names(DATA_FOLDER), DATA_FOLDER)
 
 
 # ---------------------------------------------------------------- reading a table

@@ -99,6 +99,13 @@ def test_progress_is_the_same_for_every_order_of_the_listing() -> None:
     shuffled = list(names)
     random.Random(7).shuffle(shuffled)
     assert TableProgress(shuffled) == wanted
+    paths = [f"data/{name}" for name in shuffled] + [
+        "data/_other",
+        f"data/below/{names[0]}",
+        f"data/{names[0]}.tmp",
+    ]
+    assert TableProgress.of_paths(paths, "data/") == wanted
+    assert len(TableProgress.of_paths([], "data/")) == 0
     assert len(wanted) == 3
     assert all(
         done == Progress((0, 1, 2, 4), last=4) for versions in wanted.values() for done in versions.values()
