@@ -24,7 +24,7 @@ import numpy as np
 SLUG_MAX_CHARS = 80
 _PART_NAME = re.compile(
     r"(?P<slug>[A-Za-z0-9][A-Za-z0-9-]{0,79})\.(?P<path16>[0-9a-f]{16})\.(?P<source8>[0-9a-f]{8})"
-    r"(?:\.(?P<embedding8>[0-9a-f]{8}))?\.(?P<number>[0-9]{5,9})(?P<last>\.last)?\.parquet"
+    r"(?:\.(?P<embedding8>[0-9a-f]{8}))?\.(?P<number>[0-9]{5,18})(?P<last>\.last)?\.parquet"
 )
 
 
@@ -132,7 +132,7 @@ Version = str  # source8
 
 
 class TableProgress(Mapping[str, dict[Version, Progress]]):
-    """What exists in a table: path16 -> version -> progress. Holds 18 bytes a part, so that millions fit a driver.
+    """What exists in a table: path16 -> version -> progress. Holds 22 bytes a part, so that millions fit a driver.
 
     Args:
         names: parts that exist, in any order, perhaps repeated.
@@ -158,7 +158,7 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
         return progress
 
     def _sort(self, parts: Iterable[tuple[int, int, int, bool]]) -> None:
-        paths, versions, numbers, lasts = array("Q"), array("I"), array("I"), array("B")
+        paths, versions, numbers, lasts = array("Q"), array("I"), array("Q"), array("B")
         for path, version, number, last in parts:
             paths.append(path)
             versions.append(version)

@@ -99,6 +99,9 @@ def test_progress_is_the_same_for_every_order_of_the_listing() -> None:
     shuffled = list(names)
     random.Random(7).shuffle(shuffled)
     assert TableProgress(shuffled) == wanted
+    huge = PartName("a-tar", "0" * 16, "1" * 8, 10**18 - 1, True)
+    assert TableProgress([huge])["0" * 16] == {"1" * 8: Progress((10**18 - 1,), last=10**18 - 1)}
+    assert TableProgress.of_paths([str(huge).replace(".99999", ".9999999")], "") == {}
     paths = [f"data/{name}" for name in shuffled] + [
         "data/_other",
         f"data/below/{names[0]}",

@@ -21,7 +21,8 @@ SHARDS, IMAGES = 15, 1000 if "ENGINE_CHAOS_ROUNDS" in os.environ else 400
 PARTS = SHARDS * -(-IMAGES // 64)
 # Makes the terminal on its standard input the one whose Ctrl-C it hears, and becomes the command.
 TAKE_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, such as these tests may be, ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
