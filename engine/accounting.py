@@ -46,6 +46,7 @@ class ShardsUnderWay:
         self._keys = keys[self._order]
         self._is_done = np.zeros(len(keys), bool)
         self._has_failed = np.zeros(len(keys), bool)
+        self.done = self.failed = 0  # that are complete now; that cannot be read to their end
         self._begun = {work.shard.path: work.existing for work in works if work.existing != NOTHING}
 
     def add(self, path: str, number: int, last: bool) -> bool:
@@ -57,6 +58,7 @@ class ShardsUnderWay:
         after = before.with_part(number, last)
         if after.is_complete:
             self._is_done[at] = True
+            self.done += 1
             self._begun.pop(path, None)
         else:
             self._begun[path] = after
@@ -64,17 +66,9 @@ class ShardsUnderWay:
 
     def fail(self, path: str) -> None:
         """Note that a shard cannot be read to its end."""
-        self._has_failed[self._place_of(path)] = True
-
-    @property
-    def done(self) -> int:
-        """Shards that are complete now."""
-        return int(np.count_nonzero(self._is_done))
-
-    @property
-    def failed(self) -> int:
-        """Shards that cannot be read to their end."""
-        return int(np.count_nonzero(self._has_failed))
+        at = self._place_of(path)
+        self.failed += not self._has_failed[at]
+        self._has_failed[at] = True
 
     def lost(self) -> Iterator[str]:
         """Paths of those that are neither."""

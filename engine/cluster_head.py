@@ -34,9 +34,13 @@ def require_answer(address: str | None) -> None:
     if not colon or not port.isdecimal() or "/" in host:
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        _connect(host, port)
     except OSError as error:
         raise unreachable(address, str(error)) from None
+
+
+def _connect(host: str, port: str) -> None:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def unreachable(address: str | None, found: str) -> ClusterError:
@@ -80,7 +84,7 @@ def _silence_of(address: str) -> str | None:
     """How a connection was refused; None where there is one, or none because of this process itself."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        _connect(host, port)
     except (ConnectionError, TimeoutError) as error:
         return str(error)
     except OSError as error:

@@ -160,10 +160,10 @@ class Part:
         return pa.table(
             {
                 "header": pa.array([json.dumps({**asdict(self.header), "shape": shape, "dtype": dtype})]),
-                "samples": pa.array([_ipc(self.samples)], pa.large_binary()),
-                "rejects": pa.array([_ipc(self.rejects)], pa.large_binary()),
-                "array": _one_binary(self.array),
-                "encoded": _one_ipc(self.encoded),
+                "samples": _one_table(self.samples),
+                "rejects": _one_table(self.rejects),
+                "array": _one_array(self.array),
+                "encoded": _one_table(self.encoded),
             }
         )
 
@@ -176,42 +176,36 @@ class Part:
         if shape is not None:
             buffer = row["array"][0].as_buffer()
             array = np.frombuffer(buffer if buffer is not None else b"", dtype).reshape(shape)
-        tables = (_from_ipc(row[name][0]) for name in ("samples", "rejects", "encoded"))
-        samples, rejects, encoded = tables
+        samples, rejects, encoded = (_from_ipc(row[name][0]) for name in ("samples", "rejects", "encoded"))
         return Part(PartHeader(**fields), samples, rejects, array, encoded)
 
 
-def _ipc(table: pa.Table | None) -> pa.Buffer | None:
+def _one_table(table: pa.Table | None) -> pa.Array:
+    """A column of one value; undecoded images are so large that each copy counts: one, into a buffer of its size."""
     if table is None:
-        return None
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _one_ipc(table: pa.Table | None) -> pa.Array:
-    """As `_ipc`, for tables so large that each copy counts: written once, into a buffer of its size."""
-    if table is None:
-        return pa.nulls(1, pa.large_binary())
+        return _one_value(None)
     size = pa.MockOutputStream()
     with pa.ipc.new_stream(size, table.schema) as writer:
         writer.write_table(table)
     data = pa.allocate_buffer(size.size())
     with pa.ipc.new_stream(pa.FixedSizeBufferWriter(data), table.schema) as writer:
         writer.write_table(table)
-    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+    return _one_value(data)
 
 
 def _from_ipc(value: pa.Scalar) -> pa.Table | None:
     return pa.ipc.open_stream(value.as_buffer()).read_all() if value.is_valid else None
 
 
-def _one_binary(array: np.ndarray | None) -> pa.Array:
+def _one_array(array: np.ndarray | None) -> pa.Array:
     if array is None:
+        return _one_value(None)
+    return _one_value(pa.py_buffer(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+
+def _one_value(data: pa.Buffer | None) -> pa.Array:
+    if data is None:
         return pa.nulls(1, pa.large_binary())
-    data = pa.py_buffer(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     offsets = pa.py_buffer(np.array([0, data.size], np.int64))
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
@@ -245,7 +239,7 @@ def decode_part(job: ExtractJob, row: pa.Table) -> pa.Table:
         return row
     header = part.header
     with ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode") as pool:
-        builder = _PartBuilder(job, header.shard, header.identity, header.number, pool)
+        builder = _PartBuilder(job, header, pool)
         for sample in _samples_of(part.encoded):
             builder.add(sample, wanted=True)
         return builder.finish(header.last, header.bytes_read, header.read_s).to_row()
@@ -265,7 +259,7 @@ def _parts_of_shard(
     number = existing.first_missing
     resume = _resume_point(job, table, work)
     meter = _ReadMeter()
-    builder = kind(job, shard.path, shard.identity, number, pool)
+    builder = kind(job, PartHeader(shard.path, shard.identity, number), pool)
     try:
         samples = meter.timed(reader.read(source, shard, resume, on_bytes=meter.add_bytes))
         for sample in samples:
@@ -275,7 +269,7 @@ def _parts_of_shard(
                 number += 1
                 if existing.last is not None and number > existing.last:
                     return
-                builder = kind(job, shard.path, shard.identity, number, pool)
+                builder = kind(job, PartHeader(shard.path, shard.identity, number), pool)
             builder.add(sample, wanted=number not in existing.numbers)
         if number not in existing.numbers:
             yield builder.finish(True, meter.take_bytes(), meter.take_seconds())
@@ -351,13 +345,14 @@ class _Decoded(NamedTuple):
 
 
 class _PartBuilder:
-    """Collects the samples of one part; images are decoded by the pool while the shard is read on."""
+    """Collects the samples of one part; images are decoded by the pool while the shard is read on.
 
-    def __init__(
-        self, job: ExtractJob, shard: str, identity: str, number: int, pool: ThreadPoolExecutor
-    ) -> None:
-        self._job, self._shard, self._identity, self._number = job, shard, identity, number
-        self._pool = pool
+    Args:
+        header: says which part of which shard it will be.
+    """
+
+    def __init__(self, job: ExtractJob, header: PartHeader, pool: ThreadPoolExecutor) -> None:
+        self._job, self._header, self._pool = job, header, pool
         self._samples: list[Sample] = []
         self._decoding: list[Future[_Decoded] | None] = []
         self._digests: list[bytes | None] = []  # of images that are rejects already when they are read
@@ -415,11 +410,9 @@ class _PartBuilder:
             else:
                 rejects.append(reject)
         pixels = self._pixels_NSS3[: len(kept)] if len(kept) == len(results) else self._pixels_NSS3[kept]
-        header = PartHeader(
-            self._shard,
-            self._identity,
-            self._number,
-            last,
+        header = replace(
+            self._header,
+            last=last,
             begin_offset=self._samples[0].begin_offset if self._samples else None,
             end_offset=self._samples[-1].end_offset if self._samples else None,
             samples=len(self._samples),
@@ -450,7 +443,7 @@ class _PartBuilder:
         decoded = [results[slot] for slot in kept]
         columns: list[list[Any]] = [
             [sample.key for sample in samples],
-            [self._shard] * len(kept),
+            [self._header.shard] * len(kept),
             [sample.index for sample in samples],
             [sample.label for sample in samples],
             [image.width_px if image else 0 for image in decoded],
@@ -468,7 +461,7 @@ class _PartBuilder:
         rows = [
             {
                 "key": reject.key,
-                "shard": self._shard,
+                "shard": self._header.shard,
                 "index": reject.index,
                 "stage": reject.stage,
                 "error": str(reject.reason),
@@ -485,12 +478,9 @@ class _PartBuilder:
 class _EncodedBuilder:
     """A builder that collects and leaves the decoding to `decode_part`, unless the part is too large to travel so."""
 
-    def __init__(
-        self, job: ExtractJob, shard: str, identity: str, number: int, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, job: ExtractJob, header: PartHeader, pool: ThreadPoolExecutor) -> None:
+        self._job, self._header, self._pool = job, header, pool
         self._decoding: _PartBuilder | None = None
-        self._pool = pool
-        self._job, self._header = job, PartHeader(shard, identity, number)
         self._samples: list[Sample] = []
         self._count = self._bytes = 0
 
@@ -504,8 +494,7 @@ class _EncodedBuilder:
             return
         self._bytes += len(sample.image or b"")
         if self._decoding is None and self._bytes > MAX_ENCODED_BYTES:
-            header = self._header
-            self._decoding = _PartBuilder(self._job, header.shard, header.identity, header.number, self._pool)
+            self._decoding = _PartBuilder(self._job, self._header, self._pool)
             for earlier in self._samples:
                 self._decoding.add(earlier, wanted=True)
             self._samples.clear()

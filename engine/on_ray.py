@@ -117,18 +117,12 @@ def joins_cluster(address: str | None) -> bool:
 
 def machines_here() -> Machines:
     """This machine, for a local Ray: the cores, GPUs and memory that this process may use."""
-    cpus = float(len(os.sched_getaffinity(0)))
-    gpus = _gpus_here()
     free = float(estimate_available_memory())  # type: ignore[no-untyped-call]  # as Ray will count it
-    return Machines(
-        cpus=cpus,
-        gpus=gpus,
-        largest_node_cpus=cpus,
-        largest_node_gpus=gpus,
-        nodes=1,
+    return Machines.of_one_node(
+        cpus=float(len(os.sched_getaffinity(0))),
+        gpus=_gpus_here(),
         memory=(1 - OBJECT_STORE_SHARE) * free,
         object_store=OBJECT_STORE_SHARE * free,
-        largest_node_memory=(1 - OBJECT_STORE_SHARE) * free,
     )
 
 
@@ -146,23 +140,25 @@ def _gpus_here() -> float:
 def machines_of_cluster() -> Machines:
     """What the connected cluster has now."""
     nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
-    cpus = [node["CPU"] for node in nodes if node.get("CPU")]
-    if not cpus:
+    workers = [node for node in nodes if node.get("CPU")]
+    if not workers:
         raise ClusterError(
             "the Ray cluster has no CPUs to work on",
             found=f"{len(nodes)} nodes without CPU resources",
             way_out="add worker nodes (a head with num-cpus 0 does no work)",
         )
+    cpus = [node["CPU"] for node in workers]
     gpus = [node.get("GPU", 0.0) for node in nodes]
+    memory = [node.get("memory", 0.0) for node in workers]
     return Machines(
         cpus=sum(cpus),
         gpus=sum(gpus),
         largest_node_cpus=max(cpus),
         largest_node_gpus=max(gpus),
-        nodes=len(cpus),
-        memory=sum(node.get("memory", 0.0) for node in nodes if node.get("CPU")),
-        largest_node_memory=max(node.get("memory", 0.0) for node in nodes if node.get("CPU")),
-        object_store=sum(node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU")),
+        nodes=len(workers),
+        memory=sum(memory),
+        object_store=sum(node.get("object_store_memory", 0.0) for node in workers),
+        largest_node_memory=max(memory),
     )
 
 
@@ -318,7 +314,8 @@ _ONE_PART_A_CALL: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", 
 
 
 def _set_data_context(bytes_in_flight: float = math.inf) -> None:
-    """
+    """What Ray Data is told once for each dataset.
+
     Args:
         bytes_in_flight: of rows between the stages at most. Ray's own limit is its object store: with a slow actor
             all 48 parts of a test were read ahead, with 15 parts' bytes as the limit 10 were.

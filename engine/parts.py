@@ -168,11 +168,10 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
         order = np.lexsort(columns[2::-1])
         self._path_of_row, self._versions, self._numbers, self._lasts = (column[order] for column in columns)
         self._absent = np.zeros(len(order), bool)
-        self._paths, self._begins = np.unique(self._path_of_row, return_index=True)
-        self._asked: tuple[int, dict[Version, Progress]] = (
-            -1,
-            {},
-        )  # whoever asks comes back for the next part
+        self._paths, begins = np.unique(self._path_of_row, return_index=True)
+        self._borders = np.append(begins, len(order))  # rows of shard n: from border n to border n + 1
+        # Whoever asks comes back for the next part.
+        self._asked: tuple[int, dict[Version, Progress]] = (-1, {})
 
     def position(self, path16: str) -> int | None:
         """Ordinal of a shard in the iteration, or None; for noting something about each in an array."""
@@ -212,8 +211,7 @@ class TableProgress(Mapping[str, dict[Version, Progress]]):
         return rest
 
     def _rows_of(self, at: int) -> slice:
-        end = self._begins[at + 1] if at + 1 < len(self._begins) else len(self._path_of_row)
-        return slice(int(self._begins[at]), int(end))
+        return slice(int(self._borders[at]), int(self._borders[at + 1]))
 
     def at(self, position: int) -> dict[Version, Progress]:
         """What exists of the shard at a position."""

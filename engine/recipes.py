@@ -28,7 +28,7 @@ class ActorRange(Config):
     """A pool of actors that grows and shrinks with the work and the cluster."""
 
     min: int = Field(1, ge=1, le=4096)
-    """Actors without which the run does not begin."""
+    """Actors at least: without room for them the run is refused, or waits for a cluster to grow."""
     max: int = Field(ge=1, le=4096)
     """Actors at most."""
 

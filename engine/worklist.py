@@ -1,4 +1,4 @@
-"""The shards that a run has to do, packed: an archive of a million shards takes about 120 MB of the driver.
+"""The shards that a run has to do, packed: 70 bytes a shard with short names.
 
 Knows nothing of how a shard is read; what is pending is `engine.plan`'s business.
 """

@@ -87,10 +87,11 @@ def run(
     _announce(recipe, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
-    totals, sizing = RunTotals(), _sizing(recipe, found, machines_here())
+    totals, here = RunTotals(), machines_here()
+    sizing = _sizing(recipe, found, here)
     totals.start(pending.works)
     if pending.works and not joins_cluster(recipe.compute.address):
-        _require_room(sizing, machines_here(), can_grow=False)
+        _require_room(sizing, here, can_grow=False)
     if found is None:
         require_writable(table)
     groups: list[WorkList] = []
@@ -98,8 +99,7 @@ def run(
     same_backbone = found is not None and found["backbone"] == recipe.backbone.model_dump(mode="json")
     record = found if same_backbone else None
     if pending.works or record is None:
-        local_cpus = max(sizing.cpus_reserved, machines_here().cpus)
-        with ray_session(recipe.compute.address, local_cpus) as is_shared:
+        with ray_session(recipe.compute.address, max(sizing.cpus_reserved, here.cpus)) as is_shared:
             machines = machines_of_cluster()
             sizing = _sizing(recipe, record, machines)
             _require_room(sizing, machines, joins_cluster(recipe.compute.address))

@@ -91,23 +91,34 @@ def own_memory_bytes(pid: int) -> int:
 
 
 @contextmanager
-def kinds_seen_below(pid: int) -> Iterator[set[str]]:
-    """Watch what a process has started; fills in the kinds (see TITLES) that were there at some moment."""
-    seen: set[str] = set()
+def watching(look: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call a function again and again in a thread."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.01):
-            titles = [title_of(below) for below in processes_below(pid)]
-            seen.update(kind for kind, text in TITLES.items() if any(text in title for title in titles))
+        while not over.wait(every_s):
+            look()
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield seen
+        yield
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def kinds_seen_below(pid: int) -> Iterator[set[str]]:
+    """Watch what a process has started; fills in the kinds (see TITLES) that were there at some moment."""
+    seen: set[str] = set()
+
+    def look() -> None:
+        titles = [title_of(below) for below in processes_below(pid)]
+        seen.update(kind for kind, text in TITLES.items() if any(text in title for title in titles))
+
+    with watching(look, every_s=0.01):
+        yield seen
 
 
 @contextmanager
@@ -119,24 +130,17 @@ def peaks_of(mark: dict[str, str], driver: int) -> Iterator[dict[str, int]]:
     peaks: dict[str, int] = {}
     by_pid: dict[int, int] = defaultdict(int)
     kinds: dict[int, str] = {driver: "driver"}
-    over = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(0.02):
-            for pid in processes_with(mark):
-                title = title_of(pid)
-                if TITLES["actor"] in title:
-                    kinds[pid] = "actor"
-                elif any(TITLES[kind] in title for kind in ("reader", "decoder", "writer")):
-                    kinds[pid] = "task"
-                by_pid[pid] = max(by_pid[pid], own_memory_bytes(pid))
+    def look() -> None:
+        for pid in processes_with(mark):
+            title = title_of(pid)
+            if TITLES["actor"] in title:
+                kinds[pid] = "actor"
+            elif any(TITLES[kind] in title for kind in ("reader", "decoder", "writer")):
+                kinds[pid] = "task"
+            by_pid[pid] = max(by_pid[pid], own_memory_bytes(pid))
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with watching(look, every_s=0.02):
         yield peaks
-    finally:
-        over.set()
-        thread.join()
-        for pid, kind in kinds.items():
-            peaks[kind] = max(peaks.get(kind, 0), by_pid[pid])
+    for pid, kind in kinds.items():
+        peaks[kind] = max(peaks.get(kind, 0), by_pid[pid])

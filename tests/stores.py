@@ -34,6 +34,7 @@ import pytest
 START_ATTEMPTS = 5
 START_TIMEOUT_S = 60.0
 GRPC_PORT_OFFSET = 10_000  # SeaweedFS derives each gRPC port from the HTTP port
+KEYS, READ_ONLY_KEYS = ("testkey", "testsecret123"), ("readkey", "readsecret123")  # access, secret
 MAX_OBJECT_MB_IN_ONE_CHUNK = 16  # larger objects are cut into chunks inside SeaweedFS
 
 
@@ -92,20 +93,7 @@ def open_test_store() -> Iterator[S3TestStore]:
     with tempfile.TemporaryDirectory(prefix="engine-seaweedfs-") as folder:
         process, endpoint_url = _start_seaweedfs(Path(folder))
         try:
-            store = S3TestStore(
-                endpoint_url,
-                "testkey",
-                "testsecret123",
-                "readkey",
-                "readsecret123",
-                "us-east-1",
-                "engine-test",
-                "engine-public",
-            )
-            client = store.client()
-            client.create_bucket(Bucket="engine-test")
-            client.create_bucket(Bucket="engine-public")
-            yield store
+            yield _own_store(endpoint_url, public_bucket="engine-public")
         finally:
             _stop(process)
 
@@ -146,33 +134,40 @@ def _radosgw() -> Iterator[S3TestStore]:
         )
     with tempfile.TemporaryDirectory(prefix="engine-radosgw-") as temporary:
         folder, port = f"{temporary}/ceph", _free_ports(1)[0]
-        environment = {**os.environ, "SIZE_GB": "4"}
+        environment = {
+            **os.environ,
+            "SIZE_GB": "4",
+            "S3_ACCESS_KEY": KEYS[0],
+            "S3_SECRET_KEY": KEYS[1],
+        }
         try:
             with open(f"{temporary}/log", "wb") as log:
                 start = ["bash", str(tools / "start_radosgw.sh"), folder, str(port)]
                 subprocess.run(start, check=True, stdout=log, stderr=log, env=environment, timeout=180)
-            reader = "subuser create --uid=test --subuser=test:reader --access=read --key-type=s3"
-            keys = ["--access-key=readkey", "--secret=readsecret123"]
+            access, secret = READ_ONLY_KEYS
+            reader = (
+                "subuser create --uid=test --subuser=test:reader --access=read --key-type=s3 "
+                f"--access-key={access} --secret={secret}"
+            )
             subprocess.run(
-                ["radosgw-admin", "-c", f"{folder}/ceph.conf", *reader.split(), *keys],
+                ["radosgw-admin", "-c", f"{folder}/ceph.conf", *reader.split()],
                 check=True,
                 capture_output=True,
                 timeout=60,
             )
-            store = S3TestStore(
-                f"http://127.0.0.1:{port}",
-                "testkey",
-                "testsecret123",
-                "readkey",
-                "readsecret123",
-                "us-east-1",
-                "engine-test",
-                None,
-            )
-            store.client().create_bucket(Bucket="engine-test")
-            yield store
+            yield _own_store(f"http://127.0.0.1:{port}", public_bucket=None)
         finally:
             subprocess.run(["bash", str(tools / "stop.sh"), folder], check=False)
+
+
+def _own_store(endpoint_url: str, public_bucket: str | None) -> S3TestStore:
+    """A store that was started here with KEYS and READ_ONLY_KEYS, and its buckets."""
+    store = S3TestStore(
+        endpoint_url, *KEYS, *READ_ONLY_KEYS, "us-east-1", bucket="engine-test", public_bucket=public_bucket
+    )
+    for bucket in filter(None, (store.bucket, public_bucket)):
+        store.client().create_bucket(Bucket=bucket)
+    return store
 
 
 def _client(endpoint_url: str, access_key: str, secret_key: str, region: str) -> Any:
@@ -247,8 +242,8 @@ def _identities() -> dict[str, Any]:
     everything = ["Admin", "Read", "Write", "List", "Tagging"]
     return {
         "identities": [
-            identity("admin", everything, ("testkey", "testsecret123")),
-            identity("reader", ["Read", "List"], ("readkey", "readsecret123")),
+            identity("admin", everything, KEYS),
+            identity("reader", ["Read", "List"], READ_ONLY_KEYS),
             identity("anonymous", ["Read:engine-public", "List:engine-public"]),
         ]
     }

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine.backbones.kinds import KerasApplicationConfig
 from engine.errors import CanaryMismatch, EngineError
 from engine.extraction import (
     ExtractJob,
@@ -28,11 +27,10 @@ from engine.extraction import (
 from engine.images import decode_image
 from engine.parts import Progress, parse_part_name, part_name
 from engine.recipes import Limits
-from engine.runtimes.kinds import TensorFlowRuntimeConfig
-from engine.shards.kinds import WebDatasetSource
-from engine.storage import ObjectInfo, StorageConfig, open_store
+from engine.storage import ObjectInfo, open_store
 from engine.tables import list_parts, read_embedding_facts, read_part
 from engine.worklist import ShardWork
+from tests.extract_jobs import job_without_network
 from tests.flows.archives import crop_jpeg, shard_bytes
 from tests.shards.archives import member, tar_bytes
 
@@ -42,21 +40,7 @@ SIDE_PX, ROWS, WIDTH = 32, 16, 5
 @pytest.fixture
 def job(tmp_path: Path) -> ExtractJob:
     """A job whose network is never loaded; its embeddings are made up by `embedded`."""
-    return ExtractJob(
-        source=WebDatasetSource(uri=str(tmp_path / "shards"), image=("jpg",), label="cls"),
-        storage=StorageConfig(),
-        backbone=KerasApplicationConfig(name="MobileNetV2", weights="random", input_size=SIDE_PX),
-        runtime=TensorFlowRuntimeConfig(),
-        limits=Limits(),
-        table_uri=str(tmp_path / "table"),
-        dtype="float32",
-        rows_per_part=ROWS,
-        fingerprint="f" * 64,
-        fingerprint_fields={"tensor_digest": "d" * 64},
-        canary=((1.0,) * WIDTH,),
-        width=WIDTH,
-        decode_threads=3,
-    )
+    return job_without_network(tmp_path, SIDE_PX, WIDTH, rows_per_part=ROWS, decode_threads=3)
 
 
 def put_shard(job: ExtractJob, data: bytes, path: str = "a.tar") -> ObjectInfo:

@@ -14,15 +14,7 @@ NEEDS = Footprint(part=64_000_000, reader=2 * GB, reader_at_least=GB, actor=2 * 
 
 
 def node(cpus: float = 8, gpus: float = 0, memory: float = 100 * GB, store: float = 30 * GB) -> Machines:
-    return Machines(
-        cpus=cpus,
-        gpus=gpus,
-        largest_node_cpus=cpus,
-        largest_node_gpus=gpus,
-        nodes=1,
-        memory=memory,
-        object_store=store,
-    )
+    return Machines.of_one_node(cpus=cpus, gpus=gpus, memory=memory, object_store=store)
 
 
 def test_actors_of_a_node_share_its_cores() -> None:

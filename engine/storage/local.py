@@ -50,12 +50,12 @@ class LocalStore(Store):
         super().__init__(_absolute_path(uri), config)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        folder = self._folder_of(prefix)
-        return self._walk(f"{folder}/" if folder else "", prefix, ())
+        paths = self._paths(self._folder_of(prefix), prefix, (), in_order=True)
+        return (found for path in paths if (found := self._file_info(path)))
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        folder = self._folder_of(prefix)
-        return self._walk_names(f"{folder}/" if folder else "", prefix, ())
+        paths = self._paths(self._folder_of(prefix), prefix, (), in_order=False)
+        return (path if path.isascii() else checked_path(path, self.uri) for path in paths)
 
     def info(self, path: str) -> ObjectInfo:
         file = self._file(path)
@@ -112,36 +112,30 @@ class LocalStore(Store):
         return os.path.join(self.uri, checked_path(path, self.uri))
 
     def _folder_of(self, prefix: str) -> str:
-        """The folder that a listing begins in."""
+        """The folder that a listing begins in: "" or ending in "/"."""
         if os.path.exists(self.uri) and not os.path.isdir(self.uri):
             raise StorageError(f"{self.uri} is a file, not a folder", way_out="give the folder that holds it")
-        return checked_prefix(prefix, self.uri).rpartition("/")[0]
+        folder, slash, _ = checked_prefix(prefix, self.uri).rpartition("/")
+        return folder + slash
 
-    def _walk(self, base: str, prefix: str, above: tuple[_FolderId, ...]) -> Iterator[ObjectInfo]:
-        """Objects below the folder `base` ("" or ending in "/"), which lies in the folders `above`."""
+    def _paths(self, base: str, prefix: str, above: tuple[_FolderId, ...], in_order: bool) -> Iterator[str]:
+        """Paths below the folder `base`, which lies in the folders `above`.
+
+        Args:
+            in_order: of the whole paths, for which the names of a folder are held (a million are 100 MB), with those
+                that are neither files nor folders, since `_file_info` looks at each; else files only.
+        """
         here = _folder_id(os.path.join(self.uri, base))
         if here in above:
             return
-        # Names only, sorted as their whole paths will be: folders end in "/". A million entries are 100 MB.
-        for name in sorted(_folder_names(os.path.join(self.uri, base))):
+        names = _folder_names(os.path.join(self.uri, base), files_only=not in_order)
+        for name in sorted(names) if in_order else names:  # folders end in "/", as in their paths
             path = base + name
             if name.endswith("/"):
                 if path.startswith(prefix) or prefix.startswith(path):
-                    yield from self._walk(path, prefix, (*above, here))
-            elif path.startswith(prefix) and (found := self._file_info(path)):
-                yield found
-
-    def _walk_names(self, base: str, prefix: str, above: tuple[_FolderId, ...]) -> Iterator[str]:
-        here = _folder_id(os.path.join(self.uri, base))
-        if here in above:
-            return
-        for name in _folder_names(os.path.join(self.uri, base), files_only=True):
-            path = base + name
-            if name.endswith("/"):
-                if path.startswith(prefix) or prefix.startswith(path):
-                    yield from self._walk_names(path, prefix, (*above, here))
+                    yield from self._paths(path, prefix, (*above, here), in_order)
             elif path.startswith(prefix):
-                yield path if path.isascii() else checked_path(path, self.uri)
+                yield path
 
     def _file_info(self, path: str) -> ObjectInfo | None:
         """None if it is no file, or no longer there."""

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.errors import ObjectChanged, ObjectNotFound, ShardDamaged
+from engine.errors import ObjectChanged, ObjectNotFound
 from engine.schema import RejectReason, embeddings_schema
 from engine.shards.base import TABLE_COLUMNS, Resume, Sample, ShardReader
 from engine.shards.kinds import ParquetSource, SourceConfig, TFRecordSource, WebDatasetSource, open_reader
 from engine.storage import ObjectInfo, Store, open_store
 from tests.shards.archives import member, tar_bytes
+from tests.shards.reading import read_until_damage
 from tests.shards.tfrecords import Value, example, tfrecord_bytes
 
 MAX_SAMPLE_BYTES = 3000
@@ -146,18 +147,6 @@ def shard(kind: Kind, store: Store) -> ObjectInfo:
 
 def read_all(reader: ShardReader, store: Store, shard: ObjectInfo, resume: Resume = Resume()) -> list[Sample]:
     return list(reader.read(store, shard, resume))
-
-
-def read_until_damage(
-    reader: ShardReader, store: Store, shard: ObjectInfo
-) -> tuple[list[Sample], ShardDamaged | None]:
-    samples = []
-    try:
-        for sample in reader.read(store, shard, Resume()):
-            samples.append(sample)
-    except ShardDamaged as damage:
-        return samples, damage
-    return samples, None
 
 
 def test_every_record_comes_once_in_order_with_its_image_label_and_metadata(

@@ -27,19 +27,17 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from engine.backbones.kinds import KerasApplicationConfig
 from engine.errors import WeightsError
-from engine.extraction import ExtractJob, Part, ShardWork, read_parts
+from engine.extraction import Part, ShardWork, read_parts
 from engine.images import ImageRejected, decode_image
 from engine.parts import parse_part_name
 from engine.recipes import Limits
-from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.schema import RejectReason
-from engine.shards.kinds import WebDatasetSource
-from engine.storage import StorageConfig, open_store
+from engine.storage import open_store
 from engine.tables import list_parts, read_embedding_facts
 from engine.verification import verify_table
 from tests.commands import Ended, Engine, rows_of
+from tests.extract_jobs import job_without_network
 from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_recipe
 from tests.shards.archives import member, tar_bytes
 from tests.test_images import SAMPLES, chunk, encode, photo, png_header
@@ -135,7 +133,8 @@ def test_1000_mutated_images_are_images_or_rejects_and_so_they_are_in_a_shard(
 
     store = open_store(str(tmp_path / "shards"))
     shard = store.write("a.tar", tar_bytes(member(f"{n:04d}.jpg", data) for n, data in enumerate(mutations)))
-    parts = [Part.from_row(row) for row in read_parts(job_of(tmp_path), [ShardWork(shard)])]
+    job = job_without_network(tmp_path, SIDE_PX, width=1, rows_per_part=64, decode_threads=2)
+    parts = [Part.from_row(row) for row in read_parts(job, [ShardWork(shard)])]
     rows, rejects = [], {}
     for part in parts:
         assert part.samples is not None and part.rejects is not None and part.header.damage is None
@@ -146,25 +145,6 @@ def test_1000_mutated_images_are_images_or_rejects_and_so_they_are_in_a_shard(
     for n, (reason, message) in enumerate(outcomes):
         found = rejects.get(f"{n:04d}", ("image", ""))
         assert found == (reason, message) or found[:1] == empty == (reason,)
-
-
-def job_of(folder: Path) -> ExtractJob:
-    """What the reading stage needs to know of a job whose network is never loaded."""
-    return ExtractJob(
-        source=WebDatasetSource(uri=str(folder / "shards"), image=("jpg",)),
-        storage=StorageConfig(),
-        backbone=KerasApplicationConfig(name="MobileNetV2", weights="random", input_size=SIDE_PX),
-        runtime=TensorFlowRuntimeConfig(),
-        limits=Limits(),
-        table_uri=str(folder / "table"),
-        dtype="float32",
-        rows_per_part=64,
-        fingerprint="",
-        fingerprint_fields={},
-        canary=(),
-        width=1,
-        decode_threads=2,
-    )
 
 
 # ---------------------------------------------------------------- payloads that would leave a trace

@@ -20,6 +20,7 @@ from engine.schema import RejectReason
 from engine.shards.base import Resume, Sample
 from engine.shards.kinds import ParquetSource, open_reader
 from engine.storage import ObjectInfo, Store, open_store
+from tests.shards.reading import read_until_damage
 
 MAX_SAMPLE_BYTES = 4_000_000
 IMAGES = [b"\xff" * 101, b"\xfe" * 211, b"\xfd" * 307]
@@ -462,13 +463,7 @@ def outcome(store: Store, encoded: bytes, **fields: Any) -> tuple[list[Sample], 
     """What a file gives; any other exception than ShardDamaged fails the test."""
     shard = store.write("a.parquet", encoded)
     reader = open_reader(ParquetSource(uri=store.uri, **fields), MAX_SAMPLE_BYTES)
-    samples = []
-    try:
-        for sample in reader.read(store, shard, Resume()):
-            samples.append(sample)
-    except ShardDamaged as damage:
-        return samples, damage
-    return samples, None
+    return read_until_damage(reader, store, shard)
 
 
 WRITERS: tuple[dict[str, Any], ...] = (

@@ -22,6 +22,7 @@ from engine.shards.base import Resume, Sample, ShardReader
 from engine.shards.kinds import TFRecordSource, open_reader
 from engine.shards.tf_example import Example
 from engine.storage import ObjectInfo, Store, open_store
+from tests.shards.reading import read_until_damage
 from tests.shards.tfrecords import Value, example, tfrecord_bytes
 
 MAX_SAMPLE_BYTES = 1000
@@ -106,14 +107,9 @@ def sample_of(store: Store, features: Mapping[str, Value], **fields: Any) -> Sam
 
 def until_damage(store: Store, name: str, data: bytes, **fields: Any) -> tuple[list[Sample], str]:
     """The samples of a file, and the message of the damage behind them ("" for none)."""
-    samples = []
     write_fast(store, name, data)
-    try:
-        for sample in reader_of(store, **fields).read(store, store.info(name), Resume()):
-            samples.append(sample)
-    except ShardDamaged as damage:
-        return samples, str(damage)
-    return samples, ""
+    samples, damage = read_until_damage(reader_of(store, **fields), store, store.info(name))
+    return samples, str(damage) if damage is not None else ""
 
 
 def write_fast(store: Store, name: str, data: bytes) -> None:
