@@ -156,7 +156,7 @@ def _describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         allowed = _siblings(model, loc)
         close = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
         return f"unknown field{hint} allowed here: {', '.join(allowed)}" if allowed else "unknown field"
     message = problem["msg"].removeprefix("Value error, ")
     return f"found {_shown(found)}; {message[:1].lower()}{message[1:]}"

@@ -238,7 +238,8 @@ def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None
     unmet = [claim for claim in _claims(sizing, machines, can_grow) if claim.is_unmet]
     if not unmet:
         return _large_image_warning(sizing)
-    found = f"{machines.cpus:g} CPUs, {machines.gpus:g} GPUs, memory {_gb(machines.memory)} "
+    gpus = "" if math.isinf(machines.gpus) else f"{machines.gpus:g} GPUs, "  # nobody has looked for them yet
+    found = f"{machines.cpus:g} CPUs, {gpus}memory {_gb(machines.memory)} "
     found += f"(at most {_gb(machines.largest_node_memory)} on one node), "
     found += f"object store {_gb(machines.object_store)}"
     wanted = "; ".join(claim.arithmetic for claim in unmet)
@@ -290,7 +291,7 @@ def _claims(sizing: Sizing, machines: Machines, is_cluster: bool) -> Iterator[_C
     yield _Claim(
         f"memory of one node: {_gb(largest)} for one {who}",
         largest > machines.largest_node_memory,
-        f"compute.memory_per_{who}",
+        lower,
     )
     yield _Claim(
         f"object store: {_gb(least * 2 * needs.part)} = {actors} 2 parts x {_gb(needs.part)} of pixels",

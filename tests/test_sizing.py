@@ -140,6 +140,13 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(
     assert "waiting for it to grow" in str(check_room(sizing, machines, can_grow=True))
 
 
+def test_gpus_that_nobody_has_looked_for_are_not_told() -> None:
+    here = node(gpus=math.inf, memory=GB)
+    with pytest.raises(ClusterError) as refused:
+        check_room(layout(Compute(), here), here, can_grow=False)
+    assert "8 CPUs, memory 1.00 GB" in str(refused.value) and "inf" not in str(refused.value)
+
+
 def test_a_few_large_shards_are_decoded_by_more_tasks_than_they_are() -> None:
     sizing = layout(Compute(), node(cpus=16))
     assert sizing.decode_tasks == 15

@@ -45,6 +45,7 @@ def _parsed(config: FilesSource, content: bytes) -> pa.Table:
             f"source.list {config.list}: cannot be read",
             found=shortened(" ".join(str(error).split())),
             wanted="a table whose name says what it is: .csv, .csv.gz, .tsv, .tsv.gz or .parquet",
+            way_out="write the list anew, or name another in source.list",
         ) from None
 
 
