@@ -95,7 +95,7 @@ class RunTotals:
     """Sums over the receipts of one run.
 
     Attributes:
-        damage: shard -> why it failed, of the first FAILURES_KEPT; `shards.failed` counts them all.
+        damage: shard -> why it failed, in one line, of the first FAILURES_KEPT; `shards.failed` counts them all.
     """
 
     parts_written: int = 0
@@ -117,7 +117,7 @@ class RunTotals:
         if header.damage is not None:
             self.shards.fail(header.shard)
             if len(self.damage) < FAILURES_KEPT:
-                self.damage[header.shard] = header.damage
+                self.damage[header.shard] = " ".join(header.damage.split())
             return
         if not self.shards.add(header.shard, header.number, header.last):
             return
@@ -157,7 +157,7 @@ def failed_shards_verdict(totals: RunTotals, limits: Limits) -> ShardsFailed | N
     failed = totals.shards.failed
     if failed <= limits.max_failed_shards:
         return None
-    shown = [f"{path}: {' '.join(reason.split())}" for path, reason in sorted(totals.damage.items())[:10]]
+    shown = [f"{path}: {reason}" for path, reason in sorted(totals.damage.items())[:10]]
     more = [f"... and {failed - 10} more"] if failed > 10 else []
     return ShardsFailed(
         f"{failed} shards could not be read to their end; their good parts are kept\n    "
