@@ -13,44 +13,52 @@ The recipe, in order (DECODE_VERSION stands for all of it):
 6.  Resized: `stretch` both sides to S; `letterbox` fits the whole image in, centred, on black (as
     tf.image.resize_with_pad and Keras' pad_to_aspect_ratio do; an odd row goes below, an odd column right);
     `center_crop` takes the central square, whose side is the image's shorter one (an odd pixel is lost on the right
-    or below). An axis that shrinks is averaged over area, one that grows is interpolated linearly.
+    or below). An axis that shrinks is averaged over exact areas, pixels on a border counted in part; one that grows
+    is interpolated linearly.
 
-Reduced JPEGs. The demand: 40 dB PSNR against a full decode and an area resize (Pillow's BOX) of the same file.
-Where a target pixel covers at least 10, 12 or 20 pixels of the full image on both sides, libjpeg decodes at 1/2, 1/4
-or 1/8 (1/d) and Pillow's HAMMING does the rest. dB, worst and median of 12 files (six photos of scikit-image and
-scikit-learn, cropped and enlarged to that size; quality 75 4:2:0 and 92 4:4:4), stretched; Pillow 13.0.0 with
-libjpeg-turbo 3.2.0:
+Resizing is OpenCV's (INTER_AREA, INTER_LINEAR), on the pixels as they are stored; the small image is turned. Reduced
+JPEGs end inside their last column and row, and squares of them may begin inside a pixel: the scale, or a repetition of
+pixels, keeps these areas exact, too.
 
-    JPEG         S    d   against BOX     against exact area means (the 6 of quality 92)
-    500x375      96   1   equal           39.8  42.7
-    500x375     160   1   equal           37.0  40.5
-    500x375     224   1   equal           33.4  38.9
-    1280x960     96   2   41.1  47.0      41.5  47.5
-    1280x960    160   1   equal           56.2  56.3
-    1280x960    224   1   equal           42.2  47.3
-    1920x1080    96   2   41.3  46.9      41.7  47.2
-    1920x1080   160   1   equal           47.3  52.3
-    1920x1080   224   1   equal           43.8  49.5
-    4000x3000    96   8   41.3  47.1      41.4  47.1
-    4000x3000   160   4   43.8  49.5      44.0  49.7
-    4000x3000   224   4   45.2  50.0      46.3  51.0
+Reduced JPEGs. The demand: 40 dB PSNR against a full decode and exact area means of the same file. Where a target pixel
+covers at least 3.6, 8.7 or 18.5 pixels of the full image on both sides, libjpeg decodes at 1/2, 1/4 or 1/8 (1/d). dB,
+worst and median of 12 files (six photos of scikit-image and scikit-learn, cropped and enlarged to that size; quality 75
+4:2:0 and 92 4:4:4), stretched; inf: every pixel. Pillow 13.0.0 with libjpeg-turbo 3.2.0, OpenCV 5.0.0, 2026-11-22:
 
-Just above 10, 12 and 20 the worst file (china, S = 96) is at 40.2 to 40.3. Were reduction to begin at 6, 8 and 16 it
-would be at 37.7; with BOX instead of HAMMING at 37.4 just above 10. Where d is 1 the last column is BOX's own doing:
-it takes whole pixels only. Between 4 and 10, d = 2 would save 40 % of the time of a 1920x1080 file, 3 dB too low.
+    JPEG         S    d   worst median    JPEG         S    d   worst median
+    500x375      96   2   40.8  46.2      1920x1080    96   4   48.4  53.6
+    500x375     160   1    inf   inf      1920x1080   160   2   53.4  57.0
+    500x375     224   1   95.1   inf      1920x1080   224   2   48.9  54.4
+    1280x960     96   4   43.3  48.4      4000x3000    96   8   49.2  53.5
+    1280x960    160   2   54.5  56.9      4000x3000   160   8   44.4  48.8
+    1280x960    224   2   44.7  50.6      4000x3000   224   4   50.1  54.7
+
+Of photos with detail in every pixel (500x375 to 800x600) the worst file is at 40.3 from 3.6 on (39.5 at 3.4), at 41.2
+from 8.7 on (38.9 at 8.1), and of 800x600 at 40.1 from 18.5 on (39.3 at 18.25). Below 600 pixels (S below 32) an eighth
+has 38.5.
+
+Shortcuts. Most files are a JPEG without EXIF or XMP, or a WebP of one lossy frame. Their headers are read here, and
+libjpeg (by Pillow) or libwebp (the one that Pillow is linked to) gets the whole file at once. What is not of that sort,
+or does not decode, goes through Pillow's file classes, which know what is wrong with it. The pixels are the same, bit
+for bit. tests/benchmarks/decoding.py compares other libraries.
+
+Tried and left out (same day): TurboJPEG's fast upsampling, which saves 100 us at 500x375, at 45 dB; Pillow's BOX, a
+third faster than INTER_AREA, but it takes whole pixels only: 33 to 37 dB at 500x375.
 
 Memory. Of images above LARGE_IMAGE_PIXELS (as libjpeg decodes them) one at a time is decoded in a process, however many
 threads there are; the others wait for their turn. A rejection holds nothing of the image it is about. At its peak a
 decode takes, per pixel of the file and besides the encoded bytes: JPEG 0.1 bytes (decoded at 1/8) to 8 (progressive,
-CMYK, turned); PNG RGB 4, turned 8, grey of 16 bits 11, RGBA turned 12, with a clear colour 13; GIF and palettes 5 to
-10; TIFF 4 to 11; WebP 16 to 20, the worst with alpha and turned. (Largest resident size of a process, 32 megapixels,
+CMYK); PNG RGB 4, turned or not, grey of 16 bits 11, RGBA 8, with a clear colour 13; GIF and palettes 5 to 10; TIFF 4 to
+11; WebP 3 by the shortcut, else 16 to 20, the worst with alpha. (Largest resident size of a process, 32 megapixels,
 S = 224, on 2026-11-22.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import math
 import re
 import struct
 import threading
@@ -59,7 +67,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
 
+import cv2
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -70,28 +80,38 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from engine.schema import RejectReason
 
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 """Stands for the recipe above and is part of the fingerprint: raise it with any change that moves a pixel by more than
-rounding. Builds of Pillow and libjpeg may differ by a bit in the last place; no version and no canary covers that (the
-canary is about the network, and is fed pixels)."""
+rounding. Builds of Pillow, libjpeg and OpenCV may differ by a bit in the last place; no version and no canary covers
+that (the canary is about the network, and is fed pixels)."""
 
 LARGE_IMAGE_PIXELS = 32_000_000
 """Images with more, as they are decoded, take turns: threads that meet several of them need the memory of one."""
 
 Resize = Literal["stretch", "letterbox", "center_crop"]
 
-_LETTERBOX_FILL = (0, 0, 0)
 _WHITE = (255, 255, 255)
 
 # Full pixels per target pixel, on each side, from which libjpeg may decode at 1/divisor; the table above says why.
-_REDUCTIONS = ((20.0, 8), (12.0, 4), (10.0, 2))
+_REDUCTIONS = ((18.5, 8), (8.7, 4), (3.6, 2))
 
 _LARGE_IMAGE_TURN = threading.Lock()
 
-# Pillow takes memory for an image in blocks. With its own 16 MiB glibc keeps the freed blocks in the heap of the thread
-# that had its turn: eight threads that decode 40-megapixel PNGs in turns held 1,546 MB, with this 386, one thread 381.
-# More than 32 MiB always goes back at once (M_MMAP_THRESHOLD in mallopt(3)).
-_PILLOW_BLOCK_BYTES = 64 * 2**20
+# Pillow takes memory for an image in blocks. Only an image of one block shows itself to others without a copy, so: the
+# most that Pillow takes, 536 megapixels of RGB (a block is no larger than its image). With Pillow's own 16 MiB glibc
+# also kept the freed blocks in the heap of the thread that had its turn: eight threads that decoded 40-megapixel PNGs
+# in turns held 1,546 MB, with 64 MiB 386. More than 32 MiB always goes back at once (M_MMAP_THRESHOLD in mallopt(3)).
+_PILLOW_BLOCK_BYTES = 2**31 - 4096
+
+# Up to here the fourth byte of Pillow's RGB is dropped before the resize, which then takes 15 to 20 % less; of larger
+# images it would cost what it saves, and 3 bytes of memory per pixel.
+_REPACKED_PIXELS = 4_000_000
+
+# Where both axes shrink by whole numbers, OpenCV 5.0 sums the pixels under a target pixel in 32 bits with a sign: 3,000
+# x 3,000 white ones came out black. Above this it does one axis after the other.
+_SUMMED_PIXELS = 2**31 // 255
+
+cv2.setNumThreads(1)  # the callers' threads are the only ones
 
 _Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
 _Size = tuple[int, int]  # width, height
@@ -128,15 +148,6 @@ _BAD_BYTES = (
 # Pillow's words for files that are in order but of a sort that it does not decode.
 _UNSUPPORTED_WORDS = ("cannot handle", "Unsupported BMP", "unknown pixel mode", "not yet supported")
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _TIFF_TYPE_BYTES = {  # all others: 1
     **dict.fromkeys((3, 8), 2),
     **dict.fromkeys((4, 9, 11, 13), 4),
@@ -144,9 +155,18 @@ _TIFF_TYPE_BYTES = {  # all others: 1
 }
 _TIFF_PLACES = ((273, 324), (279, 325))  # tags of strips and tiles: their offsets, their byte counts
 _NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as filterwarnings() writes it down
-_ROUNDED_ON_LEFT = (2, 3, 6, 7)  # orientations that bring the last stored column (or row) to the left side
-_ROUNDED_ON_TOP = (3, 4, 7, 8)
+_FLIPPED_X = (2, 3, 6, 7)  # orientations that bring the last stored column (or row) to the left side
+_FLIPPED_Y = (3, 4, 7, 8)
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, section 4.6.4
+
+_JPEG_SEGMENT = struct.Struct(">HH")  # marker, length
+_JPEG_FRAME = struct.Struct(">BHHB")  # bits, height, width, layers
+_JPEG_MODES = {1: "L", 3: "RGB"}  # by layers
+_START_OF_FRAME = (0xFFC0, 0xFFC1, 0xFFC2)  # sequential and progressive, with Huffman codes
+_START_OF_SCAN = 0xFFDA
+_STEPPED_OVER = (0xFFC4, 0xFFDD, 0xFFFE)  # Huffman tables, restart interval, comment
+_QUANTIZATION_TABLES, _APP0, _APP2, _APP14 = 0xFFDB, 0xFFE0, 0xFFE2, 0xFFEE
+_WEBP_HEADER = struct.Struct("<4xI8xI6xHH")  # bytes of the file, of the frame; width, height
 
 
 @final
@@ -199,9 +219,11 @@ def decode_image(encoded: bytes, side_px: int, resize: Resize, max_pixels: int) 
     """
     name, opener = _identified(encoded)
     _prepare_pillow(max_pixels)
+    if plain := _by_shortcut(name, encoded, side_px, resize, max_pixels):
+        return _decoded(plain, side_px, resize)
     with contextlib.ExitStack() as turn:
         try:
-            upright = _loaded(opener(io.BytesIO(encoded)), side_px, resize, max_pixels, turn)
+            stored = _loaded(opener(io.BytesIO(encoded)), side_px, resize, max_pixels, turn)
         except ImageRejected as rejected:
             reason, words = rejected.reason, rejected.message
         except Image.DecompressionBombError:
@@ -210,22 +232,22 @@ def decode_image(encoded: bytes, side_px: int, resize: Resize, max_pixels: int) 
         except _BAD_BYTES as error:
             reason, words = _reason(name, encoded, error), f"{name}: {_words(error)}"
         else:
-            return DecodedImage(np.asarray(_squared(upright, side_px, resize)), *upright.full_size)
+            return _decoded(stored, side_px, resize)
     # Not inside `except`: the error there holds the frames it came through, and they the half-decoded image.
     raise ImageRejected(reason, words)
 
 
-class _Upright(NamedTuple):
+class _Stored(NamedTuple):
     """All that comes from the bytes; what is done with it afterwards cannot fail on them."""
 
-    image: Image.Image
-    """Mode L or RGB."""
+    pixels: np.ndarray
+    """uint8, shape (height, width) of grey, (height, width, 3) of RGB, or 4 of RGB and a byte that means nothing."""
     full_size: _Size
-    """Before libjpeg's reduction."""
+    """Before libjpeg's reduction, and not turned yet."""
     reduction: int
-    """Full pixels per pixel of the image, on each side; 1, 2, 4 or 8."""
-    origin: tuple[float, float]
-    """Where the full image begins in the reduced one, whose last column and row are rounded up to whole pixels."""
+    """Full pixels per pixel of the array, on each side; 1, 2, 4 or 8. Its last column and row are rounded up."""
+    orientation: int
+    """1 to 8, as EXIF counts."""
 
 
 def _identified(encoded: bytes) -> tuple[str, _Opener]:
@@ -260,36 +282,126 @@ def _prepare_pillow(max_pixels: int) -> None:
 
 def _loaded(
     image: ImageFile.ImageFile, side_px: int, resize: Resize, max_pixels: int, turn: contextlib.ExitStack
-) -> _Upright:
-    """The image upright; `turn` is what a large one keeps until its pixels are no longer needed."""
+) -> _Stored:
+    """The image's pixels; `turn` is what a large one keeps until its pixels are no longer needed."""
     width, height = image.size
     if width * height > max_pixels:
         words = f"{width:,} x {height:,} pixels are more than limits.max_pixels, {max_pixels:,}"
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, words)
-    divisor = _reduce_jpeg(image, side_px, resize) if isinstance(image, JpegImageFile) else 1
+    divisor = _divisor(image.size, side_px, resize) if isinstance(image, JpegImageFile) else 1
+    if divisor > 1:
+        image.draft(None, (width // divisor, height // divisor))
     if image.width * image.height > LARGE_IMAGE_PIXELS:
         turn.enter_context(_LARGE_IMAGE_TURN)
     image.load()
     if divisor == 1:
         width, height = image.size  # Pillow turns a TIFF upright while it loads it
     orientation = _orientation(image)
-    if orientation >= 5:
-        width, height = height, width
-    flat = _flattened(image)
-    upright = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
-    origin_x = upright.width - width / divisor if orientation in _ROUNDED_ON_LEFT else 0
-    origin_y = upright.height - height / divisor if orientation in _ROUNDED_ON_TOP else 0
-    return _Upright(upright, (width, height), divisor, (origin_x, origin_y))
+    return _Stored(_pixels(_flattened(image)), (width, height), divisor, orientation)
 
 
-def _reduce_jpeg(image: JpegImageFile, side_px: int, resize: Resize) -> int:
-    """Have libjpeg decode at 1/2, 1/4 or 1/8 where the result stays large enough; returns the divisor."""
-    (target_width, target_height), (left, upper, right, lower) = _placement(image.size, side_px, resize)
+def _divisor(size: _Size, side_px: int, resize: Resize) -> int:
+    """1, 2, 4 or 8: libjpeg may decode at 1/divisor, as the result stays large enough."""
+    (target_width, target_height), (left, upper, right, lower) = _placement(size, side_px, resize)
     shrink = min((right - left) / target_width, (lower - upper) / target_height)
-    divisor = next((divisor for least, divisor in _REDUCTIONS if shrink >= least), 1)
-    if divisor > 1:
-        image.draft(None, (image.width // divisor, image.height // divisor))
-    return divisor
+    return next((divisor for least, divisor in _REDUCTIONS if shrink >= least), 1)
+
+
+def _by_shortcut(name: str, encoded: bytes, side_px: int, resize: Resize, max_pixels: int) -> _Stored | None:
+    """The same image as `_loaded` gives, sooner, of a file that is like most; None where that has to look at it."""
+    if name == "JPEG":
+        return _plain_jpeg(encoded, side_px, resize, max_pixels)
+    return _plain_webp(encoded, max_pixels) if name == "WebP" else None
+
+
+def _plain_jpeg(encoded: bytes, side_px: int, resize: Resize, max_pixels: int) -> _Stored | None:
+    """Of a JPEG that needs no turning, is whole and within the limits."""
+    if (header := _plain_jpeg_header(encoded)) is None:
+        return None
+    mode, (width, height) = header
+    divisor = _divisor((width, height), side_px, resize)
+    reduced = -(-width // divisor), -(-height // divisor)
+    if width * height > max_pixels or reduced[0] * reduced[1] > LARGE_IMAGE_PIXELS:
+        return None
+    image = Image.new(mode, reduced, None)
+    try:
+        # What JpegImageFile.load() does, which hands over 64 KiB at a time.
+        image.frombytes(encoded, "jpeg", (mode, "", divisor, 0))
+    except (ValueError, OSError):
+        return None
+    return _Stored(_pixels(image), (width, height), divisor, 1)
+
+
+def _plain_jpeg_header(encoded: bytes) -> tuple[str, _Size] | None:
+    """Mode and size, if the segments before the first scan are such that Pillow reads the same from them.
+
+    Without APP1, where EXIF and XMP are, a JPEG is upright. Source: ITU-T T.81, annex B.
+    """
+    header, at = None, 2
+    while at + 4 <= len(encoded):
+        marker, length = _JPEG_SEGMENT.unpack_from(encoded, at)
+        if marker == _START_OF_SCAN:
+            return header
+        if marker in _START_OF_FRAME and header is None and len(encoded) >= at + 10:
+            bits, height, width, layers = _JPEG_FRAME.unpack_from(encoded, at + 4)
+            mode = _JPEG_MODES.get(layers)
+            if mode is None or bits != 8 or not width or not height or length != 8 + 3 * layers:
+                return None
+            header = mode, (width, height)
+        elif length < 2 or not _is_plain(marker, encoded[at + 4 : at + 2 + length]):
+            return None
+        at += 2 + length
+    return None
+
+
+def _is_plain(marker: int, body: bytes) -> bool:
+    """Whether JpegImageFile steps over such a segment, or reads it and cannot fail."""
+    if marker in _STEPPED_OVER:
+        return True
+    if marker == _QUANTIZATION_TABLES:  # of 8 bits
+        return len(body) % 65 == 0 and all(first < 16 for first in body[::65])
+    if marker == _APP0:
+        return len(body) >= 14  # as long as JFIF's
+    if marker == _APP2:
+        return len(body) >= 14 and body.startswith(b"ICC_PROFILE\0")
+    return marker == _APP14 and len(body) >= 12 and body.startswith(b"Adobe")
+
+
+def _plain_webp(encoded: bytes, max_pixels: int) -> _Stored | None:
+    """Of a lossy WebP that holds one frame and nothing else: no alpha, no EXIF, no animation.
+
+    Pillow 13 decodes each WebP as an animation, on a canvas with alpha of which it makes copies. Source: RFC 9649.
+    """
+    if _WEBP_DECODE is None or len(encoded) < 30:
+        return None
+    if encoded[12:16] != b"VP8 " or encoded[23:26] != b"\x9d\x01\x2a":
+        return None
+    file_bytes, frame_bytes, width, height = _WEBP_HEADER.unpack_from(encoded)
+    width, height = width & 0x3FFF, height & 0x3FFF
+    if not 8 + file_bytes == 20 + frame_bytes + frame_bytes % 2 == len(encoded):
+        return None
+    if not 0 < width * height <= min(max_pixels, LARGE_IMAGE_PIXELS):
+        return None
+    pixels_HW3 = np.empty((height, width, 3), np.uint8)
+    if not _WEBP_DECODE(encoded, len(encoded), pixels_HW3.ctypes.data, pixels_HW3.nbytes, 3 * width):
+        return None
+    return _Stored(pixels_HW3, (width, height), 1, 1)
+
+
+def _webp_decode() -> Callable[..., int | None] | None:
+    """WebPDecodeRGBInto of the libwebp that Pillow's module is linked to; None where it does not show its symbols."""
+    try:
+        from PIL import _webp
+
+        decode = ctypes.CDLL(_webp.__file__).WebPDecodeRGBInto
+    except (ImportError, OSError, AttributeError):
+        return None
+    decode.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    decode.restype = ctypes.c_void_p
+    return decode
+
+
+_WEBP_DECODE = _webp_decode()
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -298,7 +410,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _BAD_BYTES:
         return 1
-    return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _flattened(image: ImageFile.ImageFile) -> Image.Image:
@@ -334,18 +446,41 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _squared(upright: _Upright, side_px: int, resize: Resize) -> Image.Image:
-    """RGB, resized to fit the square, and padded where it does not fill it."""
-    target, box = _placement(upright.full_size, side_px, resize)
-    (x, y), divisor = upright.origin, upright.reduction
-    left, upper, right, lower = box
-    box = (x + left / divisor, y + upper / divisor, x + right / divisor, y + lower / divisor)
-    fitted = _in_mode(_resized(upright.image, target, box, divisor > 1), "RGB")
-    if target == (side_px, side_px):
-        return fitted
-    square = Image.new("RGB", (side_px, side_px), _LETTERBOX_FILL)
-    square.paste(fitted, ((side_px - target[0]) // 2, (side_px - target[1]) // 2))
-    return square
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Of mode L or RGB: uint8, shape (height, width) or (height, width, 4). Pillow's own memory where it shows that."""
+    try:
+        shown = pa.array(image)  # by Arrow's C interface
+    except ValueError:  # of more than one block
+        return np.asarray(image)
+    values: np.ndarray = (shown if image.mode == "L" else shown.flatten()).to_numpy()
+    return values.reshape(image.height, image.width, *(() if image.mode == "L" else (4,)))
+
+
+def _decoded(stored: _Stored, side_px: int, resize: Resize) -> DecodedImage:
+    """Resized as it is stored, then turned: the small image is the cheaper one to turn."""
+    is_turned = stored.orientation >= 5
+    upright_size = stored.full_size[::-1] if is_turned else stored.full_size
+    target, box = _placement(upright_size, side_px, resize)
+    left, upper, right, lower = (
+        edge / stored.reduction for edge in _box_as_stored(box, upright_size, stored.orientation)
+    )
+    fitted = _resized(stored.pixels, target[::-1] if is_turned else target, (left, upper, right, lower))
+    fitted = fitted.swapaxes(0, 1) if is_turned else fitted
+    fitted = fitted[:, ::-1] if stored.orientation in _FLIPPED_X else fitted
+    fitted = fitted[::-1] if stored.orientation in _FLIPPED_Y else fitted
+    return DecodedImage(_padded(fitted, side_px), *upright_size)
+
+
+def _padded(fitted: np.ndarray, side_px: int) -> np.ndarray:
+    """RGB, shape (S, S, 3), a new array: in the middle of black where it does not fill the square."""
+    height, width = fitted.shape[:2]
+    upper, left = (side_px - height) // 2, (side_px - width) // 2
+    make = np.empty if (height, width) == (side_px, side_px) else np.zeros
+    square_SS3 = make((side_px, side_px, 3), np.uint8)
+    square_SS3[upper : upper + height, left : left + width] = (
+        fitted[..., None] if fitted.ndim == 2 else fitted[..., :3]
+    )
+    return square_SS3
 
 
 def _placement(size: _Size, side_px: int, resize: Resize) -> tuple[_Size, _Box]:
@@ -362,21 +497,66 @@ def _placement(size: _Size, side_px: int, resize: Resize) -> tuple[_Size, _Box]:
     return (side_px, side_px), (0, 0, width, height)
 
 
-def _resized(image: Image.Image, target: _Size, box: _Box, is_reduced: bool) -> Image.Image:
+def _box_as_stored(box: _Box, upright_size: _Size, orientation: int) -> _Box:
+    """Where a box of the upright image is in the one that is not turned yet."""
+    left, upper, right, lower = box
+    if orientation in _FLIPPED_X:
+        left, right = upright_size[0] - right, upright_size[0] - left
+    if orientation in _FLIPPED_Y:
+        upper, lower = upright_size[1] - lower, upright_size[1] - upper
+    return (upper, left, lower, right) if orientation >= 5 else (left, upper, right, lower)
+
+
+def _resized(pixels: np.ndarray, target: _Size, box: _Box) -> np.ndarray:
     """Bring the part in the box to the target size, each axis by its own rule; the shrinking one first.
 
-    HAMMING is the area filter for JPEGs that libjpeg has reduced: of their few pixels BOX would take whole ones only.
+    Only of a reduced JPEG has the box edges inside pixels; both axes of that shrink.
     """
     left, upper, right, lower = box
-    shrinks = right - left >= target[0], lower - upper >= target[1]
-    area = Image.Resampling.HAMMING if is_reduced else Image.Resampling.BOX
-    if shrinks[0] == shrinks[1]:
-        return image.resize(target, area if shrinks[0] else Image.Resampling.BILINEAR, box=box)
-    if shrinks[0]:
-        narrow = image.resize((target[0], image.height), area, box=(left, 0, right, image.height))
-        return narrow.resize(target, Image.Resampling.BILINEAR, box=(0, upper, target[0], lower))
-    low = image.resize((image.width, target[1]), area, box=(0, upper, image.width, lower))
-    return low.resize(target, Image.Resampling.BILINEAR, box=(left, 0, right, target[1]))
+    if left % 1:
+        return _resized_from_fraction(pixels, target, box)
+    if upper % 1:
+        flat = _resized_from_fraction(pixels.swapaxes(0, 1), target[::-1], (upper, left, lower, right))
+        return flat.swapaxes(0, 1)
+    width, height = right - left, lower - upper
+    part = pixels[math.floor(upper) : math.ceil(lower), math.floor(left) : math.ceil(right)]
+    if part.ndim == 3 and part.shape[2] == 4 and part.shape[0] * part.shape[1] <= _REPACKED_PIXELS:
+        part = cv2.cvtColor(part, cv2.COLOR_RGBA2RGB)
+    shrinks = width >= target[0], height >= target[1]
+    if all(shrinks):
+        return _averaged(part, target, (width, height))
+    if any(shrinks):
+        first = (target[0], part.shape[0]) if shrinks[0] else (part.shape[1], target[1])
+        part = cv2.resize(part, first, interpolation=cv2.INTER_AREA)
+    return cv2.resize(part, target, interpolation=cv2.INTER_LINEAR)
+
+
+def _resized_from_fraction(pixels: np.ndarray, target: _Size, box: _Box) -> np.ndarray:
+    """Where the left edge is inside a pixel: after the other axis, columns so often that each begins at a whole one."""
+    left, upper, right, lower = box
+    begin, end = math.floor(left), math.ceil(right)
+    low = _resized(pixels, (end - begin, target[1]), (begin, upper, end, lower))
+    times = left.as_integer_ratio()[1]  # 2, 4 or 8
+    box = (times * (left - begin), 0, times * (right - begin), target[1])
+    return _resized(low.repeat(times, axis=1), target, box)
+
+
+def _averaged(part: np.ndarray, target: _Size, size: tuple[float, float]) -> np.ndarray:
+    """Means over areas of exactly size / target pixels, pixels on a border counted in part.
+
+    OpenCV takes its scale from fx and fy where no target size is given, and so stops at a fraction of the last pixel;
+    should that leave a column or row too many, it is cut off.
+    """
+    width, height = size
+    if width * height > _SUMMED_PIXELS * target[0] * target[1]:
+        part = cv2.resize(part, None, fx=target[0] / width, fy=1, interpolation=cv2.INTER_AREA)[
+            :, : target[0]
+        ]
+        width = target[0]
+    if part.shape[:2] == (height, width):
+        return cv2.resize(part, target, interpolation=cv2.INTER_AREA)
+    scaled = cv2.resize(part, None, fx=target[0] / width, fy=target[1] / height, interpolation=cv2.INTER_AREA)
+    return scaled[: target[1], : target[0]]
 
 
 def _reason(name: str, encoded: bytes, error: Exception) -> RejectReason:

@@ -562,6 +562,102 @@ def test_400_mutations_of_each_format_give_an_image_or_the_same_rejection_twice_
     assert outcomes[RejectReason.TRUNCATED_IMAGE] > 10 and outcomes["image"] > 0
 
 
+# ---------------------------------------------------------------- shortcuts
+
+
+def plain_samples() -> dict[str, bytes]:
+    """Files as most archives hold them, which are not taken through all of Pillow's file classes."""
+    picture = photo(167, 125)
+    return {
+        "jpeg": encode(picture, "JPEG"),
+        "jpeg 4:4:4": encode(picture, "JPEG", quality=95, subsampling=0),
+        "jpeg progressive": encode(picture, "JPEG", progressive=True),
+        "jpeg restarts": encode(picture, "JPEG", restart_marker_blocks=3),
+        "jpeg grey": encode(picture.convert("L"), "JPEG"),
+        "jpeg profile": encode(picture, "JPEG", icc_profile=bytes(range(256)) * 400, comment=b"a comment"),
+        "webp": encode(picture, "WEBP"),
+        "webp small": encode(photo(9, 7), "WEBP"),
+    }
+
+
+PLAIN_SAMPLES = plain_samples()
+
+
+def takes_shortcut(encoded: bytes, side_px: int = 8, max_pixels: int = NO_LIMIT) -> bool:
+    try:
+        name, _ = images._identified(encoded)
+    except ImageRejected:
+        return False
+    return images._by_shortcut(name, encoded, side_px, "stretch", max_pixels) is not None
+
+
+def needs_webp_symbols(name: str) -> None:
+    if name.startswith("webp") and images._WEBP_DECODE is None:
+        pytest.skip("this Pillow does not show the symbols of its libwebp")
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN_SAMPLES))
+def test_an_ordinary_file_takes_the_shortcut_to_the_very_same_pixels(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_webp_symbols(name)
+    encoded = PLAIN_SAMPLES[name]
+    cases = [(side_px, resize) for side_px in (1, 5, 9, 11, 31, 64, 224) for resize in RESIZES]
+    assert all(takes_shortcut(encoded, side_px) for side_px, _ in cases)
+    short = [decode(encoded, *case) for case in cases]
+    monkeypatch.setattr(images, "_by_shortcut", lambda *_: None)
+    for found, case in zip(short, cases, strict=True):
+        wanted = decode(encoded, *case)
+        np.testing.assert_array_equal(found.pixels_SS3, wanted.pixels_SS3, err_msg=str(case))
+        assert (found.width_px, found.height_px) == (wanted.width_px, wanted.height_px)
+
+
+def test_files_that_say_more_than_their_pixels_take_the_long_way() -> None:
+    picture = photo(40, 30)
+    for encoded in (
+        SAMPLES["jpeg"],  # EXIF
+        encode(picture, "JPEG", xmp=b"<x:xmpmeta/>"),
+        SAMPLES["jpeg cmyk"],
+        SAMPLES["webp"],
+        SAMPLES["webp lossless"],
+        encode(picture, "WEBP", save_all=True, append_images=[picture.rotate(90)]),
+        PLAIN_SAMPLES["jpeg"][:-2],
+        PLAIN_SAMPLES["webp"][:-2],
+        PLAIN_SAMPLES["webp"] + b"\0\0",
+    ):
+        assert not takes_shortcut(encoded)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp"])
+def test_images_above_a_limit_take_the_long_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_webp_symbols(name)
+    encoded = PLAIN_SAMPLES[name]
+    assert takes_shortcut(encoded, 64, 167 * 125) and not takes_shortcut(encoded, 64, 167 * 125 - 1)
+    monkeypatch.setattr(images, "LARGE_IMAGE_PIXELS", 167 * 125)
+    assert takes_shortcut(encoded, 64)
+    monkeypatch.setattr(images, "LARGE_IMAGE_PIXELS", 167 * 125 - 1)
+    assert not takes_shortcut(encoded, 64)
+    assert takes_shortcut(encoded, 10) == (name == "jpeg")  # as libjpeg decodes it, at 1/4, it is not large
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN_SAMPLES))
+def test_of_300_mutations_none_comes_out_otherwise_by_the_shortcut(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_webp_symbols(name)
+    dice = random.Random(f"shortcuts of {name}")
+    files = [mutated(PLAIN_SAMPLES[name], dice) for _ in range(300)]
+    found = [outcome(encoded, 16, "letterbox", max_pixels=1_000_000) for encoded in files]
+    taken = sum(takes_shortcut(encoded, 16, 1_000_000) for encoded in files)
+    monkeypatch.setattr(images, "_by_shortcut", lambda *_: None)
+    for encoded, short in zip(files, found, strict=True):
+        long = outcome(encoded, 16, "letterbox", max_pixels=1_000_000)
+        assert str(short) == str(long)
+        if isinstance(short, DecodedImage) and isinstance(long, DecodedImage):
+            np.testing.assert_array_equal(short.pixels_SS3, long.pixels_SS3)
+    assert taken > 40, taken
+
+
 # ---------------------------------------------------------------- around it
 
 
@@ -657,9 +753,9 @@ def test_a_rejection_survives_pickling() -> None:
 
 def test_the_recipe_of_this_version_gives_these_bytes() -> None:
     """Raise DECODE_VERSION if this has to change: old and new embeddings would not belong together."""
-    assert DECODE_VERSION == 1
+    assert DECODE_VERSION == 2
     y, x = np.mgrid[0:41, 0:53]
     picture = np.stack([(x * x + 3 * y * y + 50 * band) % 256 for band in range(3)], -1).astype(np.uint8)
     encoded = encode(Image.fromarray(picture), "PNG")
     digests = {resize: zlib.crc32(decode(encoded, 16, resize).pixels_SS3.tobytes()) for resize in RESIZES}
-    assert digests == {"stretch": 2143595571, "letterbox": 1811362087, "center_crop": 2513171276}
+    assert digests == {"stretch": 284902162, "letterbox": 1006960901, "center_crop": 1182975974}
