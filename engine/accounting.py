@@ -6,6 +6,7 @@ Fed with receipts; knows nothing of how they came about.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.doctor import STAGES
 from engine.errors import OverBudget, ShardsFailed, TableDamaged
 from engine.extraction import Receipt
 from engine.parts import NOTHING, TableProgress, path16_of
@@ -91,6 +93,34 @@ def _key_of(path: str) -> int:
 
 
 @dataclass
+class Steady:
+    """What came after the first part: start-up is not in it.
+
+    Attributes:
+        samples, stage_s: of the parts after the first.
+        began, ended: when the first part came, and the last; None before.
+    """
+
+    samples: int = 0
+    stage_s: Counter[str] = field(default_factory=Counter)
+    began: float | None = None
+    ended: float | None = None
+
+    def add(self, samples: int, busy: dict[str, float], now: float) -> None:
+        if self.began is None:
+            self.began = now
+            return
+        self.ended = now
+        self.samples += samples
+        self.stage_s.update(busy)
+
+    @property
+    def seconds(self) -> float:
+        """0 until a second part has come."""
+        return self.ended - self.began if self.began is not None and self.ended is not None else 0.0
+
+
+@dataclass
 class RunTotals:
     """Sums over the receipts of one run.
 
@@ -103,6 +133,7 @@ class RunTotals:
     rejects: int = 0
     bytes_read: int = 0
     stage_s: Counter[str] = field(default_factory=Counter)
+    steady: Steady = field(default_factory=Steady)
     damage: dict[str, str] = field(default_factory=dict)
     shards: ShardsUnderWay = field(default_factory=ShardsUnderWay)
 
@@ -110,8 +141,12 @@ class RunTotals:
         """Note the shards that this run set out to complete."""
         self.shards = ShardsUnderWay(works)
 
-    def add(self, receipt: Receipt) -> None:
-        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once."""
+    def add(self, receipt: Receipt, now: float | None = None) -> None:
+        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once.
+
+        Args:
+            now: on a clock that only goes forward, in seconds; None: `time.monotonic()`.
+        """
         header = receipt.header
         self.bytes_read += header.bytes_read
         if header.damage is not None:
@@ -124,8 +159,9 @@ class RunTotals:
         self.parts_written += 1
         self.rows += receipt.rows
         self.rejects += receipt.rejects
-        for stage in ("read", "decode", "embed", "write"):
-            self.stage_s[stage] += getattr(header, f"{stage}_s")
+        busy = {stage: getattr(header, f"{stage}_s") for stage in STAGES}
+        self.stage_s.update(busy)
+        self.steady.add(header.samples, busy, time.monotonic() if now is None else now)
 
     @property
     def shards_done(self) -> int:

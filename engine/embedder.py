@@ -1,77 +1,57 @@
 """The body of an inference actor: byte pixels in, embeddings out, and proof that it computes what others do.
 
-Knows no Ray, no storage of embeddings and no files of images. Shape letters: B images, S side in pixels, D
+Knows no Ray, no Keras, no storage of embeddings and no files of images. Shape letters: B images, S side in pixels, D
 embedding width, C canary images.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.errors import CanaryMismatch
 
 if TYPE_CHECKING:
-    from engine.backbones.kinds import BackboneConfig
-    from engine.runtimes.kinds import RuntimeConfig
-    from engine.storage import StorageConfig
+    from engine.runtimes.base import FrozenGraph
+    from engine.runtimes.kinds import ResolvedRuntime
 
 # float32 runtimes agree with each other far better (1 - 1e-6); TF32 or another network does not reach it.
 MIN_CANARY_COSINE = 0.9999
+# Processors and GPUs of different kinds round bfloat16 and float16 at different places.
+MIN_REDUCED_COSINE = 0.999
 NUM_CANARIES = 4
 
 
 class Embedder:
-    """A backbone, loaded and warmed up, as one actor holds it.
+    """A frozen graph, loaded, as one actor holds it; what its first run has to prepare, the canary prepares.
 
     Args:
-        backbone: which network, weights, cut, pooling, input size.
+        graph: the network, as the resolve task froze it.
         runtime: how it is run.
-        storage: how to reach the store where the weights are given by URI.
-        num_threads: CPU threads for the network; None: all cores. Takes effect in a fresh process only.
+        num_threads: CPU threads for the network; None: all cores. TensorFlow takes it in a fresh process only.
+        use_gpu: whether GPUs that this process sees are for it.
 
     Raises:
-        RecipeError, WeightsError, BackboneError: as `engine.backbones.kinds.build_backbone`.
+        RecipeError: the runtime is not installed on this host.
     """
 
     def __init__(
         self,
-        backbone: BackboneConfig,
-        runtime: RuntimeConfig,
-        storage: StorageConfig,
+        graph: FrozenGraph,
+        runtime: ResolvedRuntime,
         num_threads: int | None = None,
+        use_gpu: bool = False,
     ) -> None:
-        from engine.backbones.fingerprint import (
-            fingerprint,
-            fingerprint_fields,
-            tensor_digest,
-        )
-        from engine.backbones.kinds import build_backbone
-        from engine.images import DECODE_VERSION
-        from engine.runtimes.kinds import open_runtime, prepare_runtime
+        from engine.runtimes.kinds import open_runtime
 
-        prepare_runtime(runtime, num_threads)
-        built = build_backbone(backbone, storage)
-        self.input_size, self.width = built.input_size, built.width
-        self.tensor_digest = tensor_digest(built.network)
-        self.fingerprint_fields: dict[str, Any] = fingerprint_fields(
-            built,
-            DECODE_VERSION,
-            backbone.resize,
-            runtime.precision,
-            self.tensor_digest,
-        )
-        self.fingerprint = fingerprint(self.fingerprint_fields)
-        self._runtime = open_runtime(runtime, built.network, built.scaling, built.input_size, num_threads)
-        self._runtime.run(
-            np.zeros((runtime.batch_size, self.input_size, self.input_size, 3), np.uint8)
-        )  # warm up
+        self.input_size, self.width = graph.input_size, graph.width
+        self._min_cosine = min_canary_cosine(runtime.precision)
+        self._runtime = open_runtime(runtime, graph, num_threads, use_gpu)
 
     def embed(self, pixels_BSS3: np.ndarray) -> np.ndarray:
-        """Embeddings of any number of images.
+        """Embeddings of any number of images; may be called from several threads at once.
 
         Args:
             pixels_BSS3: uint8, shape (B, S, S, 3), RGB, as `engine.images.decode_image` gives them.
@@ -88,36 +68,28 @@ class Embedder:
         """Embeddings of the canary images, computed now: float32, shape (C, D)."""
         return self.embed(canary_pixels(self.input_size))
 
-    def check(self, fingerprint_fields: Mapping[str, Any], canary_CD: np.ndarray) -> None:
+    def check(self, canary_CD: np.ndarray) -> None:
         """Make sure that this process computes what the table was resolved with.
 
         Args:
-            fingerprint_fields: of the resolved network, as `self.fingerprint_fields`.
-            canary_CD: float32, shape (C, D), its embeddings of the canary images.
+            canary_CD: float32, shape (C, D), the table's embeddings of the canary images.
 
         Raises:
-            CanaryMismatch: other fields, or a canary row whose cosine to the resolved one is below 0.9999.
+            CanaryMismatch: a row whose cosine to the resolved one is below 0.9999 (0.999 in a reduced precision).
         """
-        host = socket.gethostname()
-        here = self.fingerprint_fields
-        other = [name for name in here if fingerprint_fields.get(name) != here[name]]
-        if other:
-            raise CanaryMismatch(
-                f"host {host} has loaded another backbone than the table was resolved with",
-                found=", ".join(f"{name} {here[name]}" for name in other),
-                wanted=", ".join(f"{name} {fingerprint_fields.get(name)}" for name in other),
-                way_out="the same weights must be reachable from every node: look into the caches "
-                "(~/.keras/models, ENGINE_CACHE_DIR) of this one; if the weights were replaced on purpose, "
-                "start a new table",
-            )
         cosines = cosine_per_row(self.canary(), np.asarray(canary_CD))
-        if not (cosines >= MIN_CANARY_COSINE).all():
+        if not (cosines >= self._min_cosine).all():
             raise CanaryMismatch(
-                f"host {host} computes other embeddings from the same weights (tensor digest {self.tensor_digest})",
+                f"host {socket.gethostname()} computes other embeddings than the table was resolved with",
                 found=f"cosines to the resolved canary: {', '.join(f'{cosine:.6f}' for cosine in cosines)}",
-                wanted=f"each at least {MIN_CANARY_COSINE}",
-                way_out="compare TensorFlow, precision settings, processor and GPU of this host with the others",
+                wanted=f"each at least {self._min_cosine}",
+                way_out="compare runtime versions, precision settings, processor and GPU of this host with the others",
             )
+
+
+def min_canary_cosine(precision: str) -> float:
+    """What two processes that compute the same must agree to."""
+    return MIN_CANARY_COSINE if precision == "float32" else MIN_REDUCED_COSINE
 
 
 def canary_pixels(side_px: int) -> np.ndarray:

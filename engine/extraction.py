@@ -9,16 +9,18 @@ Shape letters: N samples of a part that have an image, S input side in pixels, D
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import resource
+import os
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,8 @@ from engine.errors import EngineError, ObjectChanged, ObjectNotFound, ShardDamag
 from engine.images import ImageRejected, decode_image
 from engine.parts import part_name
 from engine.recipes import Limits
-from engine.runtimes.kinds import RuntimeConfig
+from engine.runtimes.base import FrozenGraph
+from engine.runtimes.kinds import ResolvedRuntime, RuntimeConfig, import_runtime
 from engine.schema import EmbeddingDtype, RejectReason, RejectStage, embeddings_schema, rejects_schema
 from engine.shards.base import Resume, Sample, ShardReader
 from engine.shards.kinds import SourceConfig, open_reader
@@ -42,6 +45,7 @@ ROWS_PER_PART_STEP = 64
 ROWS_PER_PART_MAX = 1024
 # Of one part that travels undecoded (see `read_parts`); a part with more is decoded where it is read.
 MAX_ENCODED_BYTES = 128 << 20
+DECODE_NICENESS = 5
 ENCODED_AHEAD_BYTES = 64 << 20  # of images that wait for a decoding thread
 
 
@@ -53,13 +57,14 @@ def default_rows_per_part(input_size_px: int) -> int:
 
 @dataclass(frozen=True)
 class ExtractJob:
-    """What every stage needs to know; small, picklable, without weights.
+    """What every stage needs to know; small, picklable, known before the network is loaded.
 
     Attributes:
-        fingerprint_fields, fingerprint, canary, width: as the resolve task found them; every actor must agree.
+        runtime: as the recipe says it; what it means is in the `Setup`.
         rows_per_part: samples in one part, resolved.
         decode_threads: threads in each reader.
         embed_threads: threads of each actor, None for the runtime's default.
+        use_gpu: whether actors have a GPU.
     """
 
     source: SourceConfig
@@ -70,43 +75,31 @@ class ExtractJob:
     table_uri: str
     dtype: EmbeddingDtype
     rows_per_part: int
-    fingerprint_fields: dict[str, Any]
-    fingerprint: str
-    canary: tuple[tuple[float, ...], ...]
-    width: int
     decode_threads: int = 1
     embed_threads: int | None = None
+    use_gpu: bool = False
 
 
-class Resolved(NamedTuple):
-    """What loading the backbone once settles for the whole table."""
+@dataclass(frozen=True)
+class Setup:
+    """What loading the backbone once has settled, as actors need it.
 
+    Attributes:
+        graph, runtime: what is run, and how.
+        fingerprint, canary: of the table; every actor must compute the same.
+    """
+
+    graph: FrozenGraph
+    runtime: ResolvedRuntime
     fingerprint: str
-    fingerprint_fields: dict[str, Any]
-    width: int
     canary: tuple[tuple[float, ...], ...]
-    peak_bytes: int | None
 
 
-def resolve(
-    backbone: BackboneConfig, runtime: RuntimeConfig, storage: StorageConfig, num_threads: int | None
-) -> Resolved:
-    """Load the backbone where it will run and state its fingerprint, width, canary, and the memory it took."""
-    embedder = Embedder(backbone, runtime, storage, num_threads)
-    canary = tuple(tuple(float(number) for number in row) for row in embedder.canary())
-    return Resolved(
-        embedder.fingerprint,
-        dict(embedder.fingerprint_fields),
-        embedder.width,
-        canary,
-        peak_resident_bytes(),
-    )
+class Answer(Protocol):
+    """Something that another process is still at; picklable."""
 
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held until now."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    def get(self) -> Any:
+        """Wait for it; raises what that process raised."""
 
 
 # ---------------------------------------------------------------- what travels between the stages
@@ -119,10 +112,12 @@ class PartHeader:
     Attributes:
         shard, identity: relative path, and the object's identity when it was listed.
         number: of the part within its shard; for a failed shard, of the part that could not be made.
+        fingerprint: of the table, once there are embeddings.
         damage: why the shard cannot be read on from here; such a header has no samples.
         samples: rows + rejects.
         bytes_read: from the source, since the part before.
-        read_s, decode_s, embed_s, write_s: seconds of one thread spent on the part in each stage.
+        read_s, decode_s, embed_s, write_s: seconds that each stage was busy with the part. Of a processor: decode, and
+            embed without a GPU; of the clock: all others.
     """
 
     shard: str
@@ -132,6 +127,7 @@ class PartHeader:
     begin_offset: int | None = None
     end_offset: int | None = None
     samples: int = 0
+    fingerprint: str = ""
     damage: str | None = None
     bytes_read: int = 0
     read_s: float = 0.0
@@ -226,7 +222,7 @@ def read_parts(job: ExtractJob, works: Sequence[ShardWork], apart: bool = False)
     source = open_store(job.source.uri, job.storage)
     table = open_store(job.table_uri, job.storage)
     reader = open_reader(job.source, job.limits.max_sample_bytes)
-    with ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode") as pool:
+    with _decode_pool(job) as pool:
         for work in works:
             for part in _parts_of_shard(job, reader, source, table, work, pool, apart):
                 yield part.to_row()
@@ -238,11 +234,23 @@ def decode_part(job: ExtractJob, row: pa.Table) -> pa.Table:
     if part.encoded is None:
         return row
     header = part.header
-    with ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode") as pool:
+    with _decode_pool(job) as pool:
         builder = _PartBuilder(job, header, pool)
         for sample in _samples_of(part.encoded):
             builder.add(sample, wanted=True)
         return builder.finish(header.last, header.bytes_read, header.read_s).to_row()
+
+
+def _decode_pool(job: ExtractJob) -> ThreadPoolExecutor:
+    """Threads that give way to the network where both are on the same cores: it never waits for a core, while they wait
+    for it anyway when they are ahead."""
+
+    def give_way() -> None:
+        with contextlib.suppress(OSError):  # Linux takes it for this thread alone
+            if not job.use_gpu and sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DECODE_NICENESS)
+
+    return ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode", initializer=give_way)
 
 
 def _parts_of_shard(
@@ -424,7 +432,7 @@ class _PartBuilder:
 
     def _decode(self, encoded: bytes, slot: int) -> _Decoded:
         """Runs on a pool thread; each call writes its own slot of the pixel array."""
-        started = time.perf_counter()
+        started = time.thread_time()
         digest = hashlib.sha256(encoded).digest()
         backbone = self._job.backbone
         try:
@@ -432,9 +440,9 @@ class _PartBuilder:
         except ImageRejected as rejected:
             # Without its traceback, which holds the frames and in them the bytes of the image.
             bare = rejected.with_traceback(None)
-            return _Decoded(digest, 0, 0, time.perf_counter() - started, bare)
+            return _Decoded(digest, 0, 0, time.thread_time() - started, bare)
         self._pixels_NSS3[slot] = image.pixels_SS3
-        return _Decoded(digest, image.width_px, image.height_px, time.perf_counter() - started, None)
+        return _Decoded(digest, image.width_px, image.height_px, time.thread_time() - started, None)
 
     def _sample_table(self, kept: Sequence[int], results: Sequence[_Decoded | None]) -> pa.Table:
         """The columns of the data part besides `embedding`."""
@@ -565,7 +573,7 @@ def _reject_of(sample: Sample, decoded: _Decoded | None, digest: bytes | None) -
 
 
 def _samples_schema(job: ExtractJob) -> pa.Schema:
-    schema = embeddings_schema(job.width, job.dtype, job.source.metadata_columns())
+    schema = embeddings_schema(1, job.dtype, job.source.metadata_columns())
     return schema.remove(schema.get_field_index("embedding"))
 
 
@@ -575,23 +583,31 @@ def _samples_schema(job: ExtractJob) -> pa.Schema:
 class PartEmbedder:
     """Actor body: pixels of a part -> embeddings of a part; rows the network cannot answer become rejects.
 
+    Args:
+        setup: waited for; whatever can be imported before it comes is.
+
     Raises:
+        EngineError: as the process that makes the setup raised it.
         CanaryMismatch: this process computes other numbers than the table was made with.
     """
 
-    def __init__(self, job: ExtractJob) -> None:
-        self._job = job
-        self._embedder = Embedder(job.backbone, job.runtime, job.storage, job.embed_threads)
-        self._embedder.check(job.fingerprint_fields, np.asarray(job.canary, np.float32))
+    def __init__(self, job: ExtractJob, setup: Answer) -> None:
+        import_runtime(job.runtime)
+        settled: Setup = setup.get()
+        self._job, self._fingerprint = job, settled.fingerprint
+        self._embedder = Embedder(settled.graph, settled.runtime, job.embed_threads, job.use_gpu)
+        self._embedder.check(np.asarray(settled.canary, np.float32))
 
     def __call__(self, row: pa.Table) -> pa.Table:
         part = Part.from_row(row)
         if part.header.damage is not None:
             return row
         assert part.array is not None and part.samples is not None and part.rejects is not None
-        started = time.perf_counter()
+        clock = time.perf_counter if self._job.use_gpu else time.process_time
+        started = clock()
         embeddings_ND = self._embedder.embed(part.array)
-        header = replace(part.header, embed_s=time.perf_counter() - started)
+        seconds = clock() - started
+        header = replace(part.header, embed_s=seconds, fingerprint=self._fingerprint)
         with np.errstate(over="ignore"):  # beyond float16's range: becomes infinite, and so a reject
             embeddings_ND = embeddings_ND.astype(self._job.dtype, copy=False)
         return _without_unusable(Part(header, part.samples, part.rejects, embeddings_ND)).to_row()
@@ -664,7 +680,7 @@ def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
     started = time.perf_counter()
     name = part_name(header.shard, header.identity, header.number, header.last)
     facts = EmbeddingPartFacts(
-        fingerprint=job.fingerprint,
+        fingerprint=header.fingerprint,
         source_uri=job.source.uri,
         shard=header.shard,
         identity=header.identity,
@@ -688,7 +704,7 @@ def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
 def _data_table(job: ExtractJob, part: Part) -> pa.Table:
     """Samples and embeddings side by side, columns in the order of the schema."""
     assert part.array is not None and part.samples is not None
-    schema = embeddings_schema(job.width, job.dtype, job.source.metadata_columns())
+    schema = embeddings_schema(part.array.shape[1], job.dtype, job.source.metadata_columns())
     numbers = pa.array(np.ascontiguousarray(part.array).reshape(-1))
     embedding = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type)
     columns = {**{name: part.samples[name] for name in part.samples.column_names}, "embedding": embedding}

@@ -38,13 +38,12 @@ from ray.exceptions import RayError
 from engine.cluster_head import head_watched, require_answer, unreachable
 from engine.errors import ClusterError, EngineError
 from engine.extraction import (
+    Answer,
     ExtractJob,
     PartEmbedder,
     Receipt,
-    Resolved,
     decode_part,
     read_parts,
-    resolve,
     write_part,
 )
 from engine.sizing import READ_TASK_CPUS, WRITE_TASK_CPUS, WRITER_BYTES, Machines, Sizing
@@ -67,21 +66,18 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, local_cpus: float) -> Iterator[bool]:
-    """Connect to a cluster, or start a local Ray and end it afterwards.
+def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
+    """Connect to a cluster, or start a local Ray and end it afterwards; a session of an earlier job is shared.
 
     Args:
         address: of a running cluster. None: the cluster this process was submitted to (RAY_ADDRESS), else a local Ray.
         local_cpus: logical CPUs of a local Ray; at least what the stages reserve, or they would wait for ever.
 
-    Yields:
-        Whether the session is that of an earlier job of this process, which later ones may share too.
-
     Raises:
         ClusterError: no cluster answers there.
     """
     if ray.is_initialized():
-        yield True
+        yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
     _quieten()
@@ -105,7 +101,7 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[bool]:
     proxied = (address or "").startswith("ray://")  # the proxy holds the session
     try:
         with contextlib.nullcontext() if proxied else head_watched(ray.get_runtime_context().gcs_address):
-            yield False
+            yield
     finally:
         ray.shutdown()
 
@@ -185,56 +181,54 @@ def _quieten() -> None:
 
 
 def run_on_worker(
-    function: Callable[..., Any], *arguments: Any, num_cpus: float, num_gpus: float, keep_process: bool
-) -> Any:
-    """Run one plain function as a task where actors would run, and return its answer.
+    function: Callable[..., Any], *arguments: Any, num_cpus: float, num_gpus: float
+) -> ObjectAnswer:
+    """Run one plain function as a task where actors would run, to its end.
 
-    Args:
-        keep_process: the process stays, with all that it has imported, for tasks of whatever kind.
+    Its process ends with it: else it would go on to read shards, with 0.4 GB of TensorFlow in it.
 
     Raises:
         EngineError: as the function raised it.
     """
 
-    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3, max_calls=0 if keep_process else 1)
+    @ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3, max_calls=1)
     def task() -> tuple[Any, bytes | None]:
         try:
             return function(*arguments), None
         except EngineError as error:
             return None, pickle.dumps(error)
 
+    reference = task.remote()
     with _ray_errors_translated():
-        answer, failure = ray.get(task.remote())
-    if failure is not None:
-        raise pickle.loads(failure)
+        ray.wait([reference])
+        answer = ObjectAnswer(reference)
+        answer.get()
     return answer
 
 
-def run_resolve(job_pieces: tuple[Any, ...], sizing: Sizing, session_is_shared: bool) -> Resolved:
-    """`engine.extraction.resolve` on a worker of the actors' kind.
+class ObjectAnswer:
+    """What a task answered, for any process of the cluster."""
 
-    Args:
-        session_is_shared: the next job's resolve may find the process warm; else it would go on to read shards, with
-            0.4 GB of TensorFlow in it.
-    """
-    resolved: Resolved = run_on_worker(
-        resolve,
-        *job_pieces,
-        sizing.embed_threads,
-        num_cpus=sizing.actor_cpus,
-        num_gpus=sizing.actor_gpus,
-        keep_process=session_is_shared,
-    )
-    if session_is_shared:  # the process may have held other networks before
-        resolved = resolved._replace(peak_bytes=None)
-    return resolved
+    def __init__(self, reference: Any) -> None:
+        self._references = [reference]
+
+    def get(self) -> Any:
+        """The answer; raises EngineError as the task's function raised it."""
+        answer, failure = ray.get(self._references[0])
+        if failure is not None:
+            raise pickle.loads(failure)
+        return answer
 
 
 # ---------------------------------------------------------------- Ray Data
 
 
-def run_extract(job: ExtractJob, groups: Sequence[WorkList], sizing: Sizing) -> Iterator[Receipt]:
+def run_extract(
+    job: ExtractJob, setup: Answer, groups: Sequence[WorkList], sizing: Sizing
+) -> Iterator[Receipt]:
     """Stream shards through readers, actors and writers; receipts come as parts are committed, in any order.
+
+    Readers begin while actors still wait for the setup.
 
     Where there are fewer read tasks than cores for them, the readers only read, and other tasks decode.
 
@@ -262,7 +256,7 @@ def run_extract(job: ExtractJob, groups: Sequence[WorkList], sizing: Sizing) -> 
         )
     dataset = dataset.map_batches(
         _EmbedActor,
-        fn_constructor_args=(job,),
+        fn_constructor_args=(job, setup),
         compute=ActorPoolStrategy(
             min_size=sizing.min_actors,
             max_size=sizing.actors,
@@ -367,10 +361,10 @@ class _Reader:
 class _EmbedActor:
     """A failing start is kept and told with the first row: Ray would retry the actor and hide the message."""
 
-    def __init__(self, job: ExtractJob) -> None:
+    def __init__(self, job: ExtractJob, setup: Answer) -> None:
         self._stage: Stage | EngineError
         try:
-            self._stage = PartEmbedder(job)
+            self._stage = PartEmbedder(job, setup)
         except EngineError as error:
             self._stage = error
 

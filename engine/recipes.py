@@ -69,6 +69,8 @@ class Compute(Config):
     memory_per_reader: int | None = Field(None, ge=1)
     """Bytes that each reader reserves; null: enough for two parts of pixels and for one image of
     `limits.max_pixels` at 8 bytes a pixel (WebP, and PNG with alpha that is to be turned, can take 20)."""
+    node_price_per_hour: float | None = Field(None, ge=0)
+    """What one machine costs, in any currency: the summary then says what a million images cost; null: it does not."""
     address: str | None = None
     """Ray cluster to run on: `auto`, `host:6379` or `ray://host:10001`; null: the one that RAY_ADDRESS names (in a
     submitted job Ray sets it), else a local Ray that ends with the job."""

@@ -59,7 +59,7 @@ RECIPE_CLASSES = {"extract": "ExtractRecipe", "fit": "FitRecipe", "score": "Scor
 
 
 @app.command()
-def extract(
+def extract(  # noqa: PLR0913, PLR0917
     recipe: Recipe,
     overrides: Overrides = None,
     prune: Annotated[
@@ -76,11 +76,24 @@ def extract(
     replay_rejects: Annotated[
         bool, typer.Option("--replay-rejects", help="Do again the parts that have rejects.")
     ] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Stop after about N images (several parts' worth), which stay in the table; say what held them up.",
+        ),
+    ] = None,
     plan: Plan = False,
     as_json: Json = False,
 ) -> None:
     """Stream image shards through a frozen backbone and write embedding parts; only what is new is done."""
-    options = {"prune": prune, "prune_up_to": prune_up_to, "replay_rejects": replay_rejects}
+    options = {
+        "prune": prune,
+        "prune_up_to": prune_up_to,
+        "replay_rejects": replay_rejects,
+        "profile": profile,
+    }
     _run_job("extract", recipe, overrides, plan, as_json, options)
 
 

@@ -7,6 +7,7 @@ Killing it anywhere and running it again, or running it twice, gives the same ta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -25,15 +26,17 @@ from engine.storage import StorageConfig
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from engine.accounting import RunTotals
-    from engine.extraction import ExtractJob, Resolved
+    from engine.extraction import Answer, ExtractJob, Receipt, Setup
     from engine.parts import TableProgress
     from engine.plan import PendingShards
+    from engine.resolve import Archive, Resolution
     from engine.shards.base import ShardReader
     from engine.sizing import Machines, Sizing
     from engine.storage import Store
     from engine.tables import Record
-    from engine.worklist import WorkList
 
 
 class ExtractRecipe(Config):
@@ -61,6 +64,7 @@ def run(
     prune: bool = False,
     prune_up_to: int | None = None,
     replay_rejects: bool = False,
+    profile: int | None = None,
 ) -> Outcome:
     """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's.
 
@@ -68,50 +72,31 @@ def run(
         prune: remove the parts of shards that are no longer in the source; refused above a tenth of the table.
         prune_up_to: prune, and allow this many shards instead of a tenth.
         replay_rejects: do again the parts that have rejects.
+        profile: stop after about so many images, which stay in the table, and say what held them up.
     """
     from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
-    from engine.on_ray import (
-        joins_cluster,
-        machines_here,
-        machines_of_cluster,
-        ray_session,
-        run_extract,
-        run_resolve,
-    )
-    from engine.plan import check_prune, read_tasks
+    from engine.on_ray import joins_cluster, machines_here
+    from engine.plan import check_prune
     from engine.tables import require_writable
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
-    source, table, found, pending = _look(recipe, replay_rejects)
+    source, table, record, pending = _look(recipe, replay_rejects)
     _announce(recipe, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
     totals, here = RunTotals(), machines_here()
-    sizing = _sizing(recipe, found, here)
+    sizing, machines = _sizing(recipe, record, here), here
     totals.start(pending.works)
     if pending.works and not joins_cluster(recipe.compute.address):
         _require_room(sizing, here, can_grow=False)
-    if found is None:
+    if record is None:
         require_writable(table)
-    groups: list[WorkList] = []
-    # A table that names this very backbone need not be resolved again: each actor proves that it holds the same one.
-    same_backbone = found is not None and found["backbone"] == recipe.backbone.model_dump(mode="json")
-    record = found if same_backbone else None
-    if pending.works or record is None:
-        with ray_session(recipe.compute.address, max(sizing.cpus_reserved, here.cpus)) as is_shared:
-            machines = machines_of_cluster()
-            sizing = _sizing(recipe, record, machines)
-            _require_room(sizing, machines, joins_cluster(recipe.compute.address))
-            if record is None:
-                resolved = run_resolve((recipe.backbone, recipe.runtime, recipe.storage), sizing, is_shared)
-                record = _claim(recipe, table, found, resolved)
-                sizing = _sizing(recipe, record, machines)  # what an actor takes is known now
-                _require_room(sizing, machines, joins_cluster(recipe.compute.address))
-            groups = read_tasks(pending.works, sizing.decode_tasks)
-            if groups:
-                _follow(run_extract(_job(recipe, record, sizing), groups, sizing), totals, pending)
-        totals.require_whole()
+    num_groups = 0
+    if record is None or pending.works or not _names_same_backbone(recipe, record):
+        sizing, machines, num_groups, record = _extract(recipe, record, pending, totals, here, profile)
+        if profile is None:
+            totals.require_whole()
     pruned = _clean_up(recipe, source, table, pending, prune)
     reasons, over_budget = reject_verdict(table, recipe.limits, record["rows_per_part"])
     seconds = time.monotonic() - started
@@ -134,9 +119,126 @@ def run(
         "bytes_read": totals.bytes_read,
         "seconds": round(seconds, 3),
         "images_per_second": round(totals.rows / seconds, 1),
-        "bottleneck": totals.bottleneck(_parallelism(sizing, len(groups), pending.bytes_total)),
+        **_diagnosis(recipe, record, totals, machines, _parallelism(sizing, num_groups, pending.bytes_total)),
     }
     return Outcome(summary, failed_shards_verdict(totals, recipe.limits) or over_budget)
+
+
+def _extract(
+    recipe: ExtractRecipe,
+    record: Record | None,
+    pending: PendingShards,
+    totals: RunTotals,
+    here: Machines,
+    profile: int | None,
+) -> tuple[Sizing, Machines, int, Record]:
+    """Resolve the table and stream what is pending; answers with layout, number of read tasks, record."""
+    from engine.beside import beside
+    from engine.on_ray import joins_cluster, machines_of_cluster, ray_session, run_extract, run_on_worker
+    from engine.plan import read_tasks
+
+    in_cluster = joins_cluster(recipe.compute.address)
+    archive = _archive(recipe, pending)
+    with contextlib.ExitStack() as stack:
+        setup: Answer
+        sizing = _sizing(recipe, record, here)
+        if not in_cluster:  # on this machine: it loads the network while Ray starts
+            setup = stack.enter_context(beside(settle_table, recipe, archive, sizing, here))
+        stack.enter_context(ray_session(recipe.compute.address, max(sizing.cpus_reserved, here.cpus)))
+        machines = machines_of_cluster()
+        sizing = _sizing(recipe, record, machines)
+        _require_room(sizing, machines, in_cluster)
+        if (
+            in_cluster
+        ):  # a worker of the actors' kind; they start after it, or they might hold the GPU it waits for
+            setup = run_on_worker(
+                settle_table,
+                recipe,
+                archive,
+                sizing,
+                machines,
+                num_cpus=sizing.actor_cpus,
+                num_gpus=sizing.actor_gpus,
+            )
+            record = _record_of(recipe)
+            sizing = _sizing(recipe, record, machines)  # what an actor takes is known now
+            _require_room(sizing, machines, in_cluster)
+        groups = read_tasks(pending.works, sizing.decode_tasks)
+        if groups:
+            receipts = run_extract(
+                _job(recipe, _rows_per_part(recipe, record), sizing), setup, groups, sizing
+            )
+            _follow(receipts, totals, pending, profile)
+        else:
+            setup.get()
+        return sizing, machines, len(groups), _record_of(recipe)
+
+
+def settle_table(recipe: ExtractRecipe, archive: Archive, sizing: Sizing, machines: Machines) -> Setup:
+    """Runs where an actor would, once for each run: load the network, and make the table or agree with it.
+
+    Raises:
+        EngineError: the network cannot be loaded, is not the table's, or takes more memory than there is.
+    """
+    from engine.extraction import Setup
+    from engine.on_ray import joins_cluster
+    from engine.resolve import Network, resolve
+    from engine.storage import open_store
+    from engine.tables import read_record
+
+    table = open_store(recipe.output.uri, recipe.storage)
+    record = read_record(table, "embeddings")
+    same_backbone = record is not None and _names_same_backbone(recipe, record)
+    runtime = _runtime(recipe, record)
+    network = Network(
+        recipe.backbone, runtime, recipe.storage, sizing.embed_threads, use_gpu=sizing.actor_gpus > 0
+    )
+    resolution = resolve(network, archive, record if same_backbone else None)
+    if record is None or not same_backbone:
+        _require_actor_room(recipe, resolution, machines, joins_cluster(recipe.compute.address))
+        record = _claim(recipe, table, record, resolution)
+    return Setup(
+        resolution.graph, resolution.runtime, record["fingerprint"], tuple(map(tuple, record["canary"]))
+    )
+
+
+def _names_same_backbone(recipe: ExtractRecipe, record: Record) -> bool:
+    """Whether the table was made with this very config; another may still be the same network, once it is loaded."""
+    return bool(record["backbone"] == recipe.backbone.model_dump(mode="json"))
+
+
+def _require_actor_room(
+    recipe: ExtractRecipe, resolution: Resolution, machines: Machines, in_cluster: bool
+) -> None:
+    """Refuse a network that was seen to take more than these machines have."""
+    from engine.sizing import check_room, footprint, size_up
+
+    rows = _rows_per_part(recipe, None)
+    needs = footprint(recipe.compute, recipe.limits, rows, recipe.backbone.input_size, resolution.peak_bytes)
+    check_room(size_up(recipe.compute, machines, needs), machines, in_cluster)
+
+
+def _runtime(recipe: ExtractRecipe, record: Record | None) -> RuntimeConfig:
+    """What the recipe leaves open has been settled when the table was made."""
+    from engine.runtimes.kinds import settled_runtime
+
+    return recipe.runtime if record is None else settled_runtime(recipe.runtime, record["runtime"])
+
+
+def _record_of(recipe: ExtractRecipe) -> Record:
+    from engine.storage import open_store
+    from engine.tables import require_record
+
+    return require_record(open_store(recipe.output.uri, recipe.storage), "embeddings")
+
+
+def _archive(recipe: ExtractRecipe, pending: PendingShards) -> Archive:
+    """A few of the pending shards, for trying runtimes on their images."""
+    from engine.resolve import SHARDS_TRIED, Archive
+
+    step = max(1, len(pending.works) // SHARDS_TRIED)
+    shards = tuple(pending.works[place].shard for place in range(0, len(pending.works), step))
+    return Archive(recipe.source, recipe.limits, shards[:SHARDS_TRIED])
 
 
 def plan(
@@ -145,8 +247,9 @@ def plan(
     prune: bool = False,
     prune_up_to: int | None = None,
     replay_rejects: bool = False,
+    profile: int | None = None,
 ) -> dict[str, Any]:
-    """What `run` would do, from validation and listings alone; touches nothing."""
+    """What `run` would do, from validation and listings alone; touches nothing. A profile would do less of the same."""
     from engine.on_ray import joins_cluster, machines_here
     from engine.plan import check_prune, read_tasks
 
@@ -243,7 +346,7 @@ def _sizing(recipe: ExtractRecipe, record: Record | None, machines: Machines) ->
     """The layout on these machines; what an actor takes is known once the table's record says it."""
     from engine.sizing import footprint, size_up
 
-    same = record is not None and record["runtime"] == recipe.runtime.model_dump(mode="json")
+    same = record is not None and record["runtime"] == _runtime(recipe, record).model_dump(mode="json")
     needs = footprint(
         recipe.compute,
         recipe.limits,
@@ -291,19 +394,25 @@ def _contract_of_recipe(recipe: ExtractRecipe, record: Record | None) -> dict[st
         "backbone.layer": recipe.backbone.layer,
         "backbone.resize": recipe.backbone.resize,
         "backbone.kind": recipe.backbone.kind,
-        "runtime.precision": recipe.runtime.precision,
+        **_precision_of_recipe(recipe),
         "output.dtype": recipe.output.dtype,
         "output.rows_per_part": _rows_per_part(recipe, record),
     }
 
 
-def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved: Resolved) -> Record:
+def _precision_of_recipe(recipe: ExtractRecipe) -> dict[str, str]:
+    """Nothing where the recipe leaves it open: the table has settled it, or will."""
+    return {"runtime.precision": recipe.runtime.precision} if recipe.runtime.precision != "auto" else {}
+
+
+def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved: Resolution) -> Record:
     """Write `_table.json`, or agree with the one that is there."""
     from engine.tables import claim_table
 
     rows_per_part = _rows_per_part(recipe, record)
     contract = {
         **_contract_of_recipe(recipe, record),
+        "runtime.precision": resolved.runtime.precision,
         **{f"fingerprint.{name}": value for name, value in resolved.fingerprint_fields.items()},
         "fingerprint": resolved.fingerprint,
     }
@@ -315,12 +424,13 @@ def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved:
             "contract": contract,
             "fingerprint": resolved.fingerprint,
             "tensor_digest": resolved.fingerprint_fields["tensor_digest"],
-            "width": resolved.width,
+            "width": resolved.graph.width,
             "canary": resolved.canary,
             "rows_per_part": rows_per_part,
             "source_uri": contract["source.uri"],
             "backbone": recipe.backbone.model_dump(mode="json"),
-            "runtime": recipe.runtime.model_dump(mode="json"),
+            "runtime": resolved.runtime.model_dump(mode="json"),
+            "runtimes_tried": [trial.to_json() for trial in resolved.trials],
             "actor_peak_bytes": resolved.peak_bytes,
             "engine_version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -328,7 +438,7 @@ def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved:
     )
 
 
-def _job(recipe: ExtractRecipe, record: Record, sizing: Sizing) -> ExtractJob:
+def _job(recipe: ExtractRecipe, rows_per_part: int, sizing: Sizing) -> ExtractJob:
     from engine.extraction import ExtractJob
 
     return ExtractJob(
@@ -339,22 +449,17 @@ def _job(recipe: ExtractRecipe, record: Record, sizing: Sizing) -> ExtractJob:
         limits=recipe.limits,
         table_uri=recipe.output.uri,
         dtype=recipe.output.dtype,
-        rows_per_part=record["rows_per_part"],
-        fingerprint=record["fingerprint"],
-        fingerprint_fields={
-            name.removeprefix("fingerprint."): value
-            for name, value in record["contract"].items()
-            if name.startswith("fingerprint.")
-        },
-        canary=tuple(map(tuple, record["canary"])),
-        width=record["width"],
+        rows_per_part=rows_per_part,
         decode_threads=sizing.decode_threads,
         embed_threads=sizing.embed_threads,
+        use_gpu=sizing.actor_gpus > 0,
     )
 
 
-def _follow(receipts: Any, totals: RunTotals, pending: PendingShards) -> None:
-    """Count receipts as they come, and show how far the run is."""
+def _follow(
+    receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShards, profile: int | None
+) -> None:
+    """Count receipts as they come, and show how far the run is; a profile ends when it has its images."""
     started = time.monotonic()
     with progress_bar("shards", len(pending.works)) as (bar, task):
         for receipt in receipts:
@@ -364,6 +469,8 @@ def _follow(receipts: Any, totals: RunTotals, pending: PendingShards) -> None:
             rate = totals.rows / (time.monotonic() - started)
             finished = totals.shards_done + totals.shards.failed
             bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
+            if profile is not None and totals.rows + totals.rejects >= profile and totals.steady.seconds:
+                return
 
 
 def _clean_up(
@@ -412,6 +519,43 @@ def _is_taken_over(reader: ShardReader, source: Store, path: str, progress: Tabl
     versions = progress.get(path16_of(heir), {})
     version = _version_now(reader, source, heir)
     return version in versions and versions[version].is_complete
+
+
+def _diagnosis(
+    recipe: ExtractRecipe,
+    record: Record,
+    totals: RunTotals,
+    machines: Machines,
+    parallelism: dict[str, float],
+) -> dict[str, Any]:
+    """The summary's words on speed: of the stretch after the first part, where there is one."""
+    from engine.doctor import Observed, cost_per_million, diagnose
+
+    steady = totals.steady
+    if not steady.seconds:
+        return {"bottleneck": totals.bottleneck(parallelism)}
+    observed = Observed(
+        images=steady.samples,
+        seconds=steady.seconds,
+        stage_s=steady.stage_s,
+        workers=parallelism,
+        cores=machines.cpus,
+        on_gpu=recipe.compute.gpus_per_actor > 0,
+        runtime=_runtime(recipe, record).model_dump(),
+        trials=record.get("runtimes_tried", ()),
+    )
+    found = diagnose(observed)
+    price = recipe.compute.node_price_per_hour
+    return {
+        "steady_images_per_second": round(observed.rate, 1),
+        "bottleneck": found.bottleneck,
+        "stage_seconds": {stage: round(seconds, 1) for stage, seconds in steady.stage_s.items()},
+        "utilisation": found.utilisation,
+        "advice": list(found.advice),
+        "cost_per_million_images": cost_per_million(observed.rate, machines.nodes, price)
+        if price is not None
+        else None,
+    }
 
 
 def _parallelism(sizing: Sizing, num_groups: int, bytes_total: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from engine.shards.kinds import WebDatasetSource
 from engine.storage import StorageConfig
 
 
-def job_without_network(folder: Path, input_size: int, width: int, **fields: Any) -> ExtractJob:
+def job_without_network(folder: Path, input_size: int, **fields: Any) -> ExtractJob:
     """From the tars in `folder`/shards, labelled by `cls`, to `folder`/table; `fields` as ExtractJob has them."""
     return ExtractJob(
         **{
@@ -24,10 +24,6 @@ def job_without_network(folder: Path, input_size: int, width: int, **fields: Any
             "limits": Limits(),
             "table_uri": str(folder / "table"),
             "dtype": "float32",
-            "fingerprint": "f" * 64,
-            "fingerprint_fields": {"tensor_digest": "d" * 64},
-            "canary": ((1.0,) * width,),
-            "width": width,
             **fields,
         }
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,17 @@ from engine.extraction import (
     PartEmbedder,
     PartHeader,
     Receipt,
+    Setup,
     _without_unusable,
     decode_part,
     default_rows_per_part,
     read_parts,
-    resolve,
     write_part,
 )
 from engine.images import decode_image
 from engine.parts import Progress, parse_part_name, part_name
 from engine.recipes import Limits
+from engine.resolve import Archive, Network, resolve
 from engine.storage import ObjectInfo, open_store
 from engine.tables import list_parts, read_embedding_facts, read_part
 from engine.worklist import ShardWork
@@ -35,12 +35,13 @@ from tests.flows.archives import crop_jpeg, shard_bytes
 from tests.shards.archives import member, tar_bytes
 
 SIDE_PX, ROWS, WIDTH = 32, 16, 5
+FINGERPRINT = "f" * 64
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> ExtractJob:
     """A job whose network is never loaded; its embeddings are made up by `embedded`."""
-    return job_without_network(tmp_path, SIDE_PX, WIDTH, rows_per_part=ROWS, decode_threads=3)
+    return job_without_network(tmp_path, SIDE_PX, rows_per_part=ROWS, decode_threads=3)
 
 
 def put_shard(job: ExtractJob, data: bytes, path: str = "a.tar") -> ObjectInfo:
@@ -55,7 +56,10 @@ def embedded(part: Part) -> pa.Table:
     """The part with an embedding for each image: its mean colour and its place."""
     assert part.array is not None
     means = part.array.reshape(len(part.array), -1).mean(axis=1, dtype=np.float32)
-    return replace(part, array=np.stack([means + i for i in range(WIDTH)], axis=1) + 1).to_row()
+    header = replace(part.header, fingerprint=FINGERPRINT)
+    return Part(
+        header, part.samples, part.rejects, np.stack([means + i for i in range(WIDTH)], axis=1) + 1
+    ).to_row()
 
 
 def commit(job: ExtractJob, part: Part) -> Receipt:
@@ -179,7 +183,7 @@ def test_a_committed_part_names_offsets_counts_and_its_rejects(job: ExtractJob) 
     table = open_store(job.table_uri)
     facts = read_embedding_facts(table, part_name("a.tar", shard.identity, 0, True))
     assert (facts.samples, facts.rejects, facts.begin_offset, facts.shard) == (2, 1, 0, "a.tar")
-    assert facts.rejects_sha256 is not None and facts.fingerprint == job.fingerprint
+    assert facts.rejects_sha256 is not None and facts.fingerprint == FINGERPRINT
     ((_, info),) = list_parts(table)
     assert read_part(table, info)["key"].to_pylist() == ["a"]
     assert [parse_part_name(found.path) for found in table.list("rejects/")] == [parse_part_name(info.path)]
@@ -228,15 +232,25 @@ def test_default_part_size_is_about_64_mb_in_steps_of_64_rows(side_px: int, rows
 
 
 def test_an_actor_that_computes_other_numbers_stops_and_one_that_agrees_works(job: ExtractJob) -> None:
-    found = resolve(job.backbone, job.runtime, job.storage, 1)
-    assert found.width == 1280
-    fields = json.loads(json.dumps(found.fingerprint_fields))  # as `_table.json` gives them back
-    agreed = replace(job, fingerprint_fields=fields, canary=found.canary, width=found.width)
+    found = resolve(Network(job.backbone, job.runtime, job.storage), Archive(job.source, job.limits, ()))
+    assert (found.graph.width, found.trials) == (1280, ())
+    setup = Setup(found.graph, found.runtime, found.fingerprint, found.canary)
     (part,) = parts_of(job, put_shard(job, shard_bytes(0, 3)))
-    answer = Part.from_row(PartEmbedder(agreed)(part.to_row()))
+    answer = Part.from_row(PartEmbedder(job, Ready(setup))(part.to_row()))
     assert answer.array is not None and answer.array.shape == (3, 1280)
-    with pytest.raises(CanaryMismatch, match="decode_version 0"):
-        PartEmbedder(replace(agreed, fingerprint_fields=fields | {"decode_version": 0}))
+    assert answer.header.fingerprint == found.fingerprint
+    with pytest.raises(CanaryMismatch, match="cosines to the resolved canary: -1.0"):
+        PartEmbedder(job, Ready(replace(setup, canary=tuple(tuple(-n for n in row) for row in found.canary))))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An answer that is there."""
+
+    setup: Setup
+
+    def get(self) -> Setup:
+        return self.setup
 
 
 @pytest.mark.parametrize("encoded_bytes", [10**9, 5_000])

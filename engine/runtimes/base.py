@@ -1,4 +1,4 @@
-"""What every runtime does: byte pixels in, embeddings out, for any number of images; not how the network is made.
+"""What every runtime takes and does: a frozen graph, then byte pixels in and embeddings out, for any number of images.
 
 Shape letters: B images, S side in pixels, D embedding width. Importing this module imports no TensorFlow.
 """
@@ -6,6 +6,7 @@ Shape letters: B images, S side in pixels, D embedding width. Importing this mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,14 +20,39 @@ class Scaling(Protocol):
         """Scaled pixels, as a new tensor of the library that the float32 tensor 0..255 belongs to."""
 
 
+PIXELS, EMBEDDINGS = "pixels", "embeddings"  # names of a frozen graph's one input and one output
+
+
+@dataclass(frozen=True)
+class FrozenGraph:
+    """A network as data: every runtime runs it, and no Keras, weights file or Python of the network is needed for that.
+
+    Attributes:
+        graph_def: a serialised TensorFlow GraphDef without variables: `pixels` uint8 (None, S, S, 3) -> `embeddings`
+            float32 (None, D); pixel scaling is inside, BatchNorm has become part of the convolutions.
+        input_size: S, pixels.
+        width: D.
+    """
+
+    graph_def: bytes
+    input_size: int
+    width: int
+
+
 class Runtime(ABC):
     """A network ready to run: `run` is all there is, and `tests/contracts/test_runtime_contract.py` says what it keeps.
 
-    Every kind gives, on real images, what `keras.Model.predict` gives on the scaled pixels: cosine >= 0.9999.
+    Every kind gives, on real images, what `keras.Model.predict` gives on the scaled pixels: cosine >= 0.9999 in
+    float32; what a reduced precision must keep is measured by `engine.runtime_choice`. `run` may be called
+    from several threads at once.
+
+    Args:
+        graph: what is run.
+        batch_size: images in one call of the network.
     """
 
-    def __init__(self, input_size: int, width: int, batch_size: int) -> None:
-        self.input_size, self.width, self.batch_size = input_size, width, batch_size
+    def __init__(self, graph: FrozenGraph, batch_size: int) -> None:
+        self.input_size, self.width, self.batch_size = graph.input_size, graph.width, batch_size
 
     def run(self, pixels_BSS3: np.ndarray) -> np.ndarray:
         """Embed any number of images, `batch_size` at a time.
@@ -44,13 +70,13 @@ class Runtime(ABC):
         import numpy as np
 
         self._check(pixels_BSS3)
-        starts = range(0, len(pixels_BSS3), self.batch_size)
-        batches = [self._run_batch(pixels_BSS3[start : start + self.batch_size]) for start in starts]
-        return np.concatenate([np.empty((0, self.width), np.float32), *batches])
+        embeddings_BD = np.empty((len(pixels_BSS3), self.width), np.float32)
+        self._run_into(embeddings_BD, pixels_BSS3)
+        return embeddings_BD
 
     @abstractmethod
-    def _run_batch(self, pixels_BSS3: np.ndarray) -> np.ndarray:
-        """Embed 1 to `batch_size` checked images."""
+    def _run_into(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray) -> None:
+        """Embed checked images, none or many, each into its row."""
 
     def _check(self, pixels_BSS3: np.ndarray) -> None:
         wanted = f"(B, {self.input_size}, {self.input_size}, 3)"

@@ -94,29 +94,31 @@ def test_a_node_with_other_weights_is_named_and_adds_nothing_to_the_table(
     weights = write_weights(tmp_path)
     with open_cluster({"num_cpus": 3}) as cluster:
 
-        def extract(table: str, actors: int) -> list[object]:
-            compute = f"compute: {{actors: {actors}, cpus_per_actor: 2, address: '{cluster.address}'}}"
+        def extract(table: str, cpus_per_actor: int) -> list[object]:
+            compute = f"compute: {{cpus_per_actor: {cpus_per_actor}, address: '{cluster.address}'}}"
             recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / table), compute)
             return ["extract", recipe, "--json", "--set", f"backbone.weights={weights}"]
 
-        first = engine_process(*extract("table", actors=1))
+        first = engine_process(*extract("table", cpus_per_actor=2))
         assert first.code == 0, first.stderr
         shutil.copytree(good, bad)
         change_weights(bad)
         with host_name("odd-one"):
-            odd = cluster.add_node(num_cpus=3, env_vars={"ENGINE_CACHE_DIR": str(bad)})
+            odd = cluster.add_node(num_cpus=5, env_vars={"ENGINE_CACHE_DIR": str(bad)})
         for number in range(2, SHARDS):
             source.write(f"{number:05d}.tar", shard_bytes(number * IMAGES, IMAGES))
         began = time.monotonic()
-        stopped = engine_process(*extract("table", actors=2))
+        stopped = engine_process(
+            *extract("table", cpus_per_actor=4)
+        )  # there is room for that on the odd node only
         print(f"stopped after {time.monotonic() - began:.0f} s with {count_parts(tmp_path / 'table')} parts")
         assert stopped.code == 1, stopped.stderr
         assert stopped.stderr.count("error: host odd-one has loaded another backbone") == 1, stopped.stderr
         assert "tensor_digest" in stopped.stderr and "Traceback" not in stopped.stderr
         before = embeddings_of(tmp_path / "table")
         cluster.remove_node(odd, allow_graceful=False)
-        assert engine_process(*extract("table", actors=1)).code == 0
-        assert engine_process(*extract("calm", actors=1)).code == 0
+        assert engine_process(*extract("table", cpus_per_actor=2)).code == 0
+        assert engine_process(*extract("calm", cpus_per_actor=2)).code == 0
     calm, finished = embeddings_of(tmp_path / "calm"), embeddings_of(tmp_path / "table")
     assert len(before) >= 2 * IMAGES and len(finished) == len(calm) == SHARDS * IMAGES
     for found in (before, finished):

@@ -133,7 +133,7 @@ def test_1000_mutated_images_are_images_or_rejects_and_so_they_are_in_a_shard(
 
     store = open_store(str(tmp_path / "shards"))
     shard = store.write("a.tar", tar_bytes(member(f"{n:04d}.jpg", data) for n, data in enumerate(mutations)))
-    job = job_without_network(tmp_path, SIDE_PX, width=1, rows_per_part=64, decode_threads=2)
+    job = job_without_network(tmp_path, SIDE_PX, rows_per_part=64, decode_threads=2)
     parts = [Part.from_row(row) for row in read_parts(job, [ShardWork(shard)])]
     rows, rejects = [], {}
     for part in parts:

@@ -11,7 +11,7 @@ import pytest
 from engine.backbones.base import PixelScaling
 from engine.backbones.efficientnet_lite0 import PIXEL_SCALING
 from engine.backbones.keras_application import network_names, pixel_scaling
-from engine.runtimes.tensorflow import folded_graph
+from engine.runtimes.kinds import TensorFlowRuntimeConfig, freeze_network, open_runtime
 
 FAMILIES = {getattr(keras.applications, name).__module__.rsplit(".", 1)[1]: name for name in network_names()}
 CONVENTIONS = {
@@ -41,9 +41,9 @@ BYTES = (
 def scaled_in_the_graph(scaling: PixelScaling) -> np.ndarray:
     pixels = keras.layers.Input((16, 16, 3))
     unchanged = keras.Model(pixels, keras.layers.Flatten()(pixels))
-    graph = folded_graph(unchanged, scaling, 16)
-    (flat,) = graph(keras.ops.cast(BYTES, "uint8"))
-    return np.asarray(flat).reshape(1, 16, 16, 3)
+    graph = freeze_network(unchanged, scaling, 16)
+    flat = open_runtime(TensorFlowRuntimeConfig(), graph, None).run(BYTES.astype(np.uint8))
+    return flat.reshape(1, 16, 16, 3)
 
 
 def test_every_family_of_keras_is_covered() -> None:

@@ -1,43 +1,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import numpy as np
 import pytest
 import tensorflow as tf
 
-from engine.backbones.base import PixelScaling
-from engine.backbones.cut import cut_and_freeze
-from engine.backbones.kinds import EfficientNetLite0Config
-from engine.runtimes.tensorflow import folded_graph, prepare_process
-from tests.backbones.small_networks import fill_with_primes, run_python, small_network
-
-SCALING = PixelScaling("own", multiply=(0.5, 0.25, 0.125), add=(1.0, 2.0, 3.0), bgr=True)
-
-
-@pytest.fixture(scope="module")
-def network() -> Any:
-    network = small_network()
-    fill_with_primes(network)
-    return cut_and_freeze(network, EfficientNetLite0Config(input_size=11))
-
-
-def test_graph_takes_bytes_holds_no_variable_and_swaps_and_scales_inside(network: Any) -> None:
-    graph = folded_graph(network, SCALING, 11)
-    assert graph.inputs[0].dtype == tf.uint8
-    assert graph.variables == ()
-    assert not [op.type for op in graph.graph.get_operations() if "Variable" in op.type or "Call" in op.type]
-    pixels = (np.arange(2 * 11 * 11 * 3).reshape(2, 11, 11, 3) * 7 % 256).astype(np.uint8)
-    scaled = pixels[..., ::-1] * np.array([0.5, 0.25, 0.125]) + [1.0, 2.0, 3.0]
-    expected = np.asarray(network(scaled.astype(np.float32)))
-    np.testing.assert_allclose(np.asarray(graph(tf.constant(pixels))[0]), expected, rtol=1e-5)
-
-
-def test_batches_of_any_size_use_the_one_graph(network: Any) -> None:
-    graph = folded_graph(network, SCALING, 11)
-    assert graph.inputs[0].shape.as_list() == [None, 11, 11, 3]
-    assert [graph(tf.zeros((size, 11, 11, 3), tf.uint8))[0].shape[0] for size in (1, 5, 2)] == [1, 5, 2]
+from engine.runtimes.tensorflow import compiled_if_faster, prepare_process
+from tests.backbones.small_networks import run_python
 
 
 def test_float32_means_float32() -> None:
@@ -56,12 +25,37 @@ def test_threads_asked_for_too_late_are_named_in_the_log(caplog: pytest.LogCaptu
 def test_threads_are_set_in_a_fresh_process_and_may_be_asked_for_again() -> None:
     code = (
         "import logging; logging.basicConfig(level='WARNING', stream=__import__('sys').stdout)\n"
-        "from engine.runtimes.kinds import TensorFlowRuntimeConfig, prepare_runtime\n"
-        "prepare_runtime(TensorFlowRuntimeConfig(), 3)\n"
+        "from engine.runtimes.tensorflow import prepare_process\n"
+        "prepare_process(3)\n"
         "import tensorflow as tf; tf.zeros(1)\n"
-        "prepare_runtime(TensorFlowRuntimeConfig(), 3)\n"
+        "prepare_process(3)\n"
         "print('threads', tf.config.threading.get_intra_op_parallelism_threads())"
     )
     printed = run_python(code)
     assert "already started" not in printed
     assert printed.splitlines()[-1] == "threads 3"
+
+
+def test_xla_is_used_where_it_is_faster_and_does_not_have_to_work() -> None:
+    def slow(pixels: tf.Tensor) -> tf.Tensor:  # outside XLA every step of the loop is an operation
+        total = tf.reduce_sum(tf.cast(pixels, tf.float32))
+        return tf.while_loop(lambda i, _: i < 3000, lambda i, x: (i + 1, tf.sin(x) + 1.0), (0, total))[1]
+
+    def text(pixels: tf.Tensor) -> tf.Tensor:  # XLA has no strings
+        return tf.strings.length(tf.strings.as_string(pixels))
+
+    slow_function, text_function = tf.function(slow), tf.function(text)
+    pixels = tf.zeros((2, 3, 3, 3), tf.uint8)
+    chosen = compiled_if_faster(slow_function, 3, 2)
+    assert chosen is not slow_function
+    assert float(chosen(pixels)) == pytest.approx(float(slow_function(pixels)), rel=1e-4)
+    assert compiled_if_faster(text_function, 3, 2) is text_function
+
+
+def test_a_runtime_loads_no_keras() -> None:
+    code = (
+        "import sys\nimport engine.runtimes.tensorflow\n"
+        "print(sorted({'keras', 'sklearn'} & set(sys.modules)))\n"
+        "import keras\nprint(keras.ops.relu(-1.0).numpy())"
+    )
+    assert run_python(code).splitlines()[-2:] == ["[]", "0.0"]

@@ -1,0 +1,197 @@
+"""What is settled once for a whole table, by one process: the network as a frozen graph, its fingerprint, its runtime.
+
+Everything that needs Keras and the weights happens here; actors get the graph. Shape letters: C canary images, D
+embedding width, N images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import resource
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.backbones.kinds import BackboneConfig
+from engine.embedder import Embedder
+from engine.errors import CanaryMismatch, ShardDamaged, StorageError
+from engine.images import DECODE_VERSION, ImageRejected, decode_image
+from engine.recipes import Limits
+from engine.runtime_choice import Images, Trial, choose_runtime
+from engine.runtimes.base import FrozenGraph
+from engine.runtimes.kinds import ResolvedRuntime, RuntimeConfig, candidates, freeze_network
+from engine.shards.base import Resume
+from engine.shards.kinds import SourceConfig, open_reader
+from engine.storage import ObjectInfo, StorageConfig, open_store
+
+SHARDS_TRIED = 8  # images come from so many of the archive's shards
+_BYTES_TRIED = 256 << 20  # but no more than this is read for it
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What actors and the table's record are made from.
+
+    Attributes:
+        graph: the network.
+        runtime: how it is run; nothing in it is left open.
+        fingerprint, fingerprint_fields: as `engine.backbones.fingerprint` makes them.
+        canary: embeddings of the canary images, C rows of D numbers.
+        trials: of runtimes, where there was something to choose or to judge.
+        peak_bytes: the most memory that this process has held.
+    """
+
+    graph: FrozenGraph
+    runtime: ResolvedRuntime
+    fingerprint: str
+    fingerprint_fields: dict[str, Any]
+    canary: tuple[tuple[float, ...], ...]
+    trials: tuple[Trial, ...]
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is loaded.
+
+    Attributes:
+        num_threads: CPU threads of an actor; None: all cores.
+        use_gpu: whether actors have a GPU.
+    """
+
+    backbone: BackboneConfig
+    runtime: RuntimeConfig
+    storage: StorageConfig
+    num_threads: int | None = None
+    use_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where images are found to try runtimes on."""
+
+    source: SourceConfig
+    limits: Limits
+    shards: tuple[ObjectInfo, ...]
+
+
+def resolve(network: Network, archive: Archive, record: Mapping[str, Any] | None = None) -> Resolution:
+    """Load the backbone, state its fingerprint and canary, choose its runtime, and freeze it.
+
+    Args:
+        record: of a table that names this very backbone config: what is loaded must be what it was made with, and its
+            canary stays.
+
+    Raises:
+        RecipeError, WeightsError, BackboneError: as `engine.backbones.kinds.build_backbone`.
+        RecipeError: no runtime that the recipe allows keeps the accuracy contract.
+        CanaryMismatch: the record's table was made with another network.
+    """
+    from engine.backbones.fingerprint import fingerprint, fingerprint_fields, tensor_digest
+    from engine.backbones.kinds import build_backbone
+    from engine.runtimes.kinds import prepare_to_freeze
+
+    has_gpu = prepare_to_freeze(network.num_threads, network.use_gpu)
+    built = build_backbone(network.backbone, network.storage)
+
+    def fields_at(precision: str) -> dict[str, Any]:
+        return fingerprint_fields(built, DECODE_VERSION, network.backbone.resize, precision, digest)
+
+    digest = tensor_digest(built.network)
+    if record is not None:
+        check_fields(record, fields_at(record["contract"]["fingerprint.precision"]))
+    graph = freeze_network(built.network, built.scaling, built.input_size)
+
+    def keras_embed(pixels_NSS3: np.ndarray) -> np.ndarray:
+        if not len(pixels_NSS3):
+            return np.empty((0, graph.width), np.float32)
+        scaled = np.asarray(built.scaling.apply(pixels_NSS3.astype(np.float32)), np.float32)
+        return np.asarray(built.network(scaled, training=False), np.float32)
+
+    runtime, trials = choose_runtime(
+        candidates(network.runtime, has_gpu),
+        graph,
+        keras_embed,
+        lambda count: images_of(archive, network, count),
+        network.num_threads,
+        network.use_gpu,
+    )
+    if record is not None:
+        canary = tuple(map(tuple, record["canary"]))
+    else:
+        embedder = Embedder(graph, runtime, network.num_threads, network.use_gpu)
+        canary = tuple(tuple(float(number) for number in row) for row in embedder.canary())
+    fields = fields_at(runtime.precision)
+    return Resolution(
+        graph, runtime, fingerprint(fields), fields, canary, tuple(trials), peak_resident_bytes()
+    )
+
+
+def check_fields(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a network that is not the one of the table's record, though its config is.
+
+    Raises:
+        CanaryMismatch: with this host's name and both values.
+    """
+    wanted = {name: record["contract"].get(f"fingerprint.{name}") for name in here}
+    other = [name for name in here if wanted[name] != here[name]]
+    if other:
+        raise CanaryMismatch(
+            f"host {socket.gethostname()} has loaded another backbone than the table was resolved with",
+            found=", ".join(f"{name} {here[name]}" for name in other),
+            wanted=", ".join(f"{name} {wanted[name]}" for name in other),
+            way_out="the same weights must be reachable from every node: look into the caches "
+            "(~/.keras/models, ENGINE_CACHE_DIR) of this one; if the weights were replaced on purpose, "
+            "start a new table",
+        )
+
+
+def images_of(archive: Archive, network: Network, count: int) -> Images:
+    """The first images of some of the archive's shards, decoded; what cannot be read or decoded is passed over.
+
+    Args:
+        count: images at most.
+    """
+    side = network.backbone.input_size
+    store = open_store(archive.source.uri, network.storage)
+    reader = open_reader(archive.source, archive.limits.max_sample_bytes)
+    shards = _spread(archive.shards, SHARDS_TRIED)
+    pixels: list[np.ndarray] = []
+    labels: list[str | None] = []
+    bytes_left = _BYTES_TRIED
+    for place, shard in enumerate(shards):
+        enough = count * (place + 1) // len(shards)
+        try:
+            for sample in reader.read(
+                store, shard, Resume(index=0, offset=None), on_bytes=lambda _count: None
+            ):
+                if len(pixels) >= enough or bytes_left <= 0:
+                    break
+                if sample.problem is not None or sample.image is None:
+                    continue
+                bytes_left -= len(sample.image)
+                try:
+                    decoded = decode_image(
+                        sample.image, side, network.backbone.resize, archive.limits.max_pixels
+                    )
+                except ImageRejected:
+                    continue
+                pixels.append(decoded.pixels_SS3)
+                labels.append(sample.label if isinstance(sample.label, str) else None)
+        except (ShardDamaged, StorageError):
+            continue  # the run itself will say what is wrong with it
+    return Images(np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8), tuple(labels))
+
+
+def _spread(shards: Sequence[ObjectInfo], count: int) -> list[ObjectInfo]:
+    places = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int)
+    return [shards[place] for place in places]
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

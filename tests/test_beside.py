@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.beside import beside
+from engine.errors import ClusterError, WeightsError
+
+
+def doubled(number: int) -> tuple[int, int]:
+    return 2 * number, os.getpid()
+
+
+def refused() -> None:
+    raise WeightsError("weights.h5: not there", way_out="bring it")
+
+
+def killed() -> None:
+    print("out of luck", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken() -> None:
+    raise ZeroDivisionError("unforeseen")
+
+
+def asleep(note: str) -> None:
+    Path(note).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_the_answer_comes_from_another_process_and_may_be_had_again() -> None:
+    with beside(doubled, 21) as answer:
+        number, process = answer.get()
+        assert (number, process != os.getpid()) == (42, True)
+        assert answer.get() == (number, process)
+
+
+def test_an_error_of_ours_is_raised_as_it_was() -> None:
+    with beside(refused) as answer, pytest.raises(WeightsError, match="(?s)weights.h5: not there.*bring it"):
+        answer.get()
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [(killed, "exit status -9.*out of luck"), (broken, "(?s)ZeroDivisionError.*unforeseen")],
+)
+def test_a_process_that_breaks_is_told_of_with_its_last_words(function: object, found: str) -> None:
+    with beside(function) as answer, pytest.raises(ClusterError, match=found):  # type: ignore[arg-type]
+        answer.get()
+
+
+def test_the_process_ends_with_the_block(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    with beside(asleep, str(note)) as answer:
+        while not note.exists() or not note.read_text():
+            time.sleep(0.01)
+        assert not answer.path.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+    assert not answer.path.parent.exists()
