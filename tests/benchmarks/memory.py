@@ -1,0 +1,68 @@
+"""How much memory a process and all its descendants hold at their peak, seen from outside; Linux only."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+PERIOD_S = 0.5
+
+
+class PeakMemory:
+    """Looks every half second while it is entered.
+
+    Sizes are proportional (PSS), so that what processes share counts once; where another user's process does not show
+    its PSS, its resident size is taken.
+
+    Attributes:
+        sum_bytes: the most that all held together.
+        largest_bytes: the most that a single process held.
+    """
+
+    def __init__(self, root_pid: int) -> None:
+        self.sum_bytes, self.largest_bytes = 0, 0
+        self._root_pid, self._ended = root_pid, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(PERIOD_S):
+            sizes = [_bytes(pid) for pid in descendants(self._root_pid)]
+            self.sum_bytes = max(self.sum_bytes, sum(sizes))
+            self.largest_bytes = max(self.largest_bytes, *sizes)
+
+
+def descendants(root_pid: int) -> list[int]:
+    """The process itself and all below it, as they are now."""
+    children: dict[int, list[int]] = {}
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has ended since the listing
+            continue
+        children.setdefault(parent, []).append(pid)
+    found = [root_pid]
+    for pid in found:  # grows while it is gone through
+        found += children.get(pid, [])
+    return found
+
+
+def _bytes(pid: int) -> int:
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return 1024 * sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    except PermissionError:
+        return os.sysconf("SC_PAGE_SIZE") * int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:  # ended meanwhile
+        return 0
