@@ -1,14 +1,14 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench lint format lock clean
+.PHONY: help demo test chaos bench bench-decoding bench-planning lint format lock clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 IS_FIT := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: .venv/.installed  ## the whole cycle on bundled real images
 	.venv/bin/engine demo
@@ -23,7 +23,13 @@ chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/R
 	  tests/test_storage.py tests/flows/test_three_jobs_on_s3.py tests/faults/test_faulty_storage.py
 	ENGINE_CHAOS_ROUNDS=3 ENGINE_CHAOS_ON=s3 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/faults/test_chaos.py
 
-bench: .venv/.installed  ## how long planning takes, and what a million shards cost the driver
+bench: .venv/.installed  ## images/s of the engine, of hand-written programs and of the limit; `make bench NETWORK=MobileNetV2`
+	.venv/bin/python -m tests.benchmarks.throughput $(if $(NETWORK),--network $(NETWORK)) $(BENCH)
+
+bench-decoding: .venv/.installed  ## time and fidelity of decoding, beside OpenCV, Pillow and TensorFlow
+	.venv/bin/python -m tests.benchmarks.decoding
+
+bench-planning: .venv/.installed  ## how long planning takes, and what a million shards cost the driver
 	.venv/bin/python -m tests.benchmarks.planning
 
 lint: .venv/.installed  ## ruff (rules and layout) and mypy (types)

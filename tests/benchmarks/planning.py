@@ -1,4 +1,4 @@
-"""How long it takes to find out what is pending, and what a million shards cost the driver: `make bench`.
+"""How long it takes to find out what is pending, and what a million shards cost the driver: `make bench-planning`.
 
     python -m tests.benchmarks.planning [FOLDER]
 

@@ -180,9 +180,17 @@ def machine_facts() -> dict[str, Any]:
 def _contenders(network: Network, weights: Path) -> Iterator[tuple[str, Callable[[Path, Path], list[str]]]]:
     for kind in HAND_WRITTEN:
         yield kind, functools.partial(_rival, network, weights, kind, RUNTIMES["tensorflow float32"])
-    for name, runtime in RUNTIMES.items():
+    for name, runtime in _runtimes().items():
         yield f"same_parts {name}", functools.partial(_rival, network, weights, "same_parts", runtime)
         yield f"engine {name}", functools.partial(_engine, network, weights, runtime)
+
+
+def _runtimes() -> dict[str, dict[str, str]]:
+    """Those that this processor computes as they are called: without instructions for it bfloat16 would be float32."""
+    has_bfloat16 = bool({"avx512_bf16", "amx_bf16"} & set(machine_facts()["flags"]))
+    return {
+        name: found for name, found in RUNTIMES.items() if has_bfloat16 or found["precision"] != "bfloat16"
+    }
 
 
 def _rival(
@@ -216,7 +224,7 @@ def _limits(
     """("decode" or a runtime, what `limits.py` says, or how it failed); runtimes that are refused are left out."""
     program = [sys.executable, "-m", "tests.benchmarks.limits"]
     effort = ["--seconds", str(QUICK_LIMIT_S), "--batches", "8"] if quick else ["--seconds", str(LIMIT_S)]
-    for name, runtime in {"decode": RUNTIMES["tensorflow float32"], **RUNTIMES}.items():
+    for name, runtime in {"decode": RUNTIMES["tensorflow float32"], **_runtimes()}.items():
         kind = "decode" if name == "decode" else "forward"
         _say(f"{network.name}: limit, {kind} {name}")
         try:
