@@ -52,13 +52,13 @@ def test_a_recipe_that_leaves_nothing_open_means_one_runtime() -> None:
 
 
 def test_auto_means_what_runs_here_the_safest_first() -> None:
-    assert choices(False, kind="auto") == ["tensorflow float32 64", "openvino float32 8"]
+    assert choices(False, kind="auto") == ["tensorflow float32 64", "openvino float32 4"]
     assert choices(True, kind="auto") == ["tensorflow float32 64"]  # OpenVINO would leave the GPU idle
     assert choices(False, kind="auto", precision="auto") == [
         "tensorflow float32 64",
-        "openvino float32 8",
+        "openvino float32 4",
         "tensorflow bfloat16 64",
-        "openvino bfloat16 8",
+        "openvino bfloat16 4",
     ]
     assert choices(True, precision="auto", batch_size=256) == [
         f"tensorflow {precision} 256" for precision in ("float32", "tf32", "bfloat16", "float16")
