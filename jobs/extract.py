@@ -225,6 +225,12 @@ def _runtime(recipe: ExtractRecipe, record: Record | None) -> RuntimeConfig:
     return recipe.runtime if record is None else settled_runtime(recipe.runtime, record["runtime"])
 
 
+def _runtime_in_words(recipe: ExtractRecipe, record: Record | None) -> str:
+    runtime = _runtime(recipe, record)
+    is_open = "auto" in (runtime.kind, runtime.precision)
+    return f"{runtime.kind} {runtime.precision}{' (measured when the table is begun)' if is_open else ''}"
+
+
 def _record_of(recipe: ExtractRecipe) -> Record:
     from engine.storage import open_store
     from engine.tables import require_record
@@ -276,6 +282,7 @@ def plan(
         "read_tasks": len(groups),
         "rows_per_part": _rows_per_part(recipe, record),
         "pixel_bytes_per_part": sizing.footprint.part,
+        "runtime": _runtime_in_words(recipe, record),
         "actors": sizing.start_actors,
         "actors_at_most": sizing.actors,
         "threads_per_actor": sizing.embed_threads,

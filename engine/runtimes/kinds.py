@@ -41,8 +41,8 @@ class OpenVINORuntimeConfig(Config):
     """As with tensorflow. bfloat16 is fast where the processor has it (AVX512_BF16, AMX); OpenVINO computes in float32
     elsewhere."""
     batch_size: int = Field(default=4, ge=1)
-    """Images per call of the network, on each thread: few stay in its caches (MobileNetV2 ran at 338 images/s with 4, 310
-    with 8, 250 with 256; two AVX2 cores, 2026-11-22)."""
+    """Images per call of the network, on each thread. Few stay in its caches: MobileNetV2 ran at 338 images/s with 4,
+    at 310 with 8 and at 250 with 256 (two AVX2 cores, 2026-11-22)."""
 
 
 class AutoRuntimeConfig(Config):

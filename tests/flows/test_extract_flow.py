@@ -157,6 +157,45 @@ def test_what_is_not_in_the_contract_may_change(engine: Engine, small_table: Pat
     assert engine("extract", small_table / "extract.yaml", "--set", override).code == 0
 
 
+def test_a_profile_stops_early_says_what_held_it_up_and_what_it_did_stays(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source, table = open_store(str(tmp_path / "shards")), tmp_path / "table"
+    keys = write_shards(source, shards=12, images=320)
+    recipe = extract_recipe(tmp_path, source.uri, str(table))
+    settings = ("--set", "runtime={kind: auto}", "--set", "compute.node_price_per_hour=0.5")
+    profiled = engine("extract", recipe, "--json", "--profile", "300", *settings)
+    assert profiled.code == 0, profiled.stderr
+    found = profiled.summary
+    assert 300 <= found["rows"] < len(keys)
+    assert found["bottleneck"] in ("read", "decode", "embed", "write", "scheduling") and found["advice"]
+    assert found["utilisation"].keys() == {"read", "decode", "embed", "write"}
+    rate = found["steady_images_per_second"]
+    assert found["cost_per_million_images"] == pytest.approx(0.5 * 1e6 / rate / 3600, rel=0.01)
+
+    record = json.loads((table / "_table.json").read_text())
+    tried = {trial["kind"]: trial["images_per_second"] for trial in record["runtimes_tried"]}
+    assert tried.keys() == {"tensorflow", "openvino"}
+    assert record["runtime"]["kind"] == max(tried, key=lambda kind: tried[kind])
+
+    finished = engine("extract", recipe, "--json", *settings)
+    assert finished.code == 0, finished.stderr
+    assert finished.summary["parts_written"] <= 12 * 5 - found["parts_written"]
+    assert keys_of(table) == Counter(keys)
+
+
+def test_a_precision_that_loses_accuracy_is_refused_and_leaves_no_table(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = open_store(str(tmp_path / "shards"))
+    write_shards(source, shards=1, images=4)
+    recipe = extract_recipe(tmp_path, source.uri, str(tmp_path / "table"))
+    ended = engine("extract", recipe, "--set", "runtime.precision=bfloat16")
+    assert ended.code == 2
+    assert "only 4 images were found to judge it by" in ended.stderr and "Traceback" not in ended.stderr
+    assert not (tmp_path / "table" / "_table.json").exists()
+
+
 @pytest.fixture(scope="module")
 def small_table(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one shard, its table, and the recipe that made it."""
