@@ -73,7 +73,7 @@ def diagnose(observed: Observed) -> Diagnosis:
 
 def cost_per_million(rate: float, nodes: int, price_per_node_hour: float) -> float:
     """What a million images cost at `rate` images/s, in the currency of the price."""
-    return round(1e6 / rate / 3600 * nodes * price_per_node_hour, 4)
+    return float(f"{1e6 / rate / 3600 * nodes * price_per_node_hour:.4g}")
 
 
 def _busy_share(observed: Observed, stage: str) -> float:

@@ -5,6 +5,7 @@ Imports stay light, so that `--help` and a wrong recipe answer at once; a verb i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -235,7 +236,8 @@ def _run_job(
         return
     from jobs.outcome import print_summary
 
-    with _interruptible():
+    # Ray prints what it has to say of lost tasks; stdout is for the summary alone.
+    with _interruptible(), contextlib.redirect_stdout(sys.stderr):
         outcome = job.run(recipe, **options)
     print_summary(outcome.summary)
     if as_json:
