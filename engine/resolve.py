@@ -6,10 +6,11 @@ embedding width, N images, S side in pixels.
 
 from __future__ import annotations
 
+import functools
 import resource
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.shards.base import Resume
 from engine.shards.kinds import SourceConfig, open_reader
 from engine.storage import ObjectInfo, StorageConfig, open_store
 
-SHARDS_TRIED = 8  # images come from so many of the archive's shards
+SHARDS_TRIED = 8  # enough for an `Archive`
 _BYTES_TRIED = 256 << 20  # but no more than this is read for it
 
 
@@ -71,17 +72,19 @@ class Network:
 
 @dataclass(frozen=True)
 class Archive:
-    """Where images are found to try runtimes on."""
+    """Where images are found to try runtimes on: a few shards, for the first images of each are read."""
 
     source: SourceConfig
     limits: Limits
     shards: tuple[ObjectInfo, ...]
 
 
-def resolve(network: Network, archive: Archive, record: Mapping[str, Any] | None = None) -> Resolution:
+def resolve(network: Network, archive: Archive | None, record: Mapping[str, Any] | None = None) -> Resolution:
     """Load the backbone, state its fingerprint and canary, choose its runtime, and freeze it.
 
     Args:
+        archive: has the images that runtimes are tried on; None: the table there is has settled the runtime, once for
+            all, and tonight's images do not judge it again.
         record: of a table that names this very backbone config: what is loaded must be what it was made with, and its
             canary stays.
 
@@ -111,14 +114,18 @@ def resolve(network: Network, archive: Archive, record: Mapping[str, Any] | None
         scaled = np.asarray(built.scaling.apply(pixels_NSS3.astype(np.float32)), np.float32)
         return np.asarray(built.network(scaled, training=False), np.float32)
 
-    runtime, trials = choose_runtime(
-        candidates(network.runtime, has_gpu),
-        graph,
-        keras_embed,
-        lambda count: images_of(archive, network, count),
-        network.num_threads,
-        network.use_gpu,
-    )
+    options = candidates(network.runtime, has_gpu)
+    runtime = options[0]
+    trials: list[Trial] = []
+    if archive is not None:
+        runtime, trials = choose_runtime(
+            options,
+            graph,
+            keras_embed,
+            functools.partial(images_of, archive, network),
+            network.num_threads,
+            network.use_gpu,
+        )
     if record is not None:
         canary = tuple(map(tuple, record["canary"]))
     else:
@@ -158,16 +165,13 @@ def images_of(archive: Archive, network: Network, count: int) -> Images:
     side = network.backbone.input_size
     store = open_store(archive.source.uri, network.storage)
     reader = open_reader(archive.source, archive.limits.max_sample_bytes)
-    shards = _spread(archive.shards, SHARDS_TRIED)
     pixels: list[np.ndarray] = []
     labels: list[str | None] = []
     bytes_left = _BYTES_TRIED
-    for place, shard in enumerate(shards):
-        enough = count * (place + 1) // len(shards)
+    for place, shard in enumerate(archive.shards):
+        enough = count * (place + 1) // len(archive.shards)
         try:
-            for sample in reader.read(
-                store, shard, Resume(index=0, offset=None), on_bytes=lambda _count: None
-            ):
+            for sample in reader.read(store, shard, Resume(index=0, offset=None)):
                 if len(pixels) >= enough or bytes_left <= 0:
                     break
                 if sample.problem is not None or sample.image is None:
@@ -180,15 +184,10 @@ def images_of(archive: Archive, network: Network, count: int) -> Images:
                 except ImageRejected:
                     continue
                 pixels.append(decoded.pixels_SS3)
-                labels.append(sample.label if isinstance(sample.label, str) else None)
+                labels.append(sample.label)
         except (ShardDamaged, StorageError):
             continue  # the run itself will say what is wrong with it
     return Images(np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8), tuple(labels))
-
-
-def _spread(shards: Sequence[ObjectInfo], count: int) -> list[ObjectInfo]:
-    places = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int)
-    return [shards[place] for place in places]
 
 
 def peak_resident_bytes() -> int:

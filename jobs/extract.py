@@ -150,7 +150,7 @@ def _extract(
         _require_room(sizing, machines, in_cluster)
         if (
             in_cluster
-        ):  # a worker of the actors' kind; they start after it, or they might hold the GPU it waits for
+        ):  # a worker of the actors' kind; they start after it: they might hold the GPU it waits for
             setup = run_on_worker(
                 settle_table,
                 recipe,
@@ -193,7 +193,7 @@ def settle_table(recipe: ExtractRecipe, archive: Archive, sizing: Sizing, machin
     network = Network(
         recipe.backbone, runtime, recipe.storage, sizing.embed_threads, use_gpu=sizing.actor_gpus > 0
     )
-    resolution = resolve(network, archive, record if same_backbone else None)
+    resolution = resolve(network, archive if record is None else None, record if same_backbone else None)
     if record is None or not same_backbone:
         _require_actor_room(recipe, resolution, machines, joins_cluster(recipe.compute.address))
         record = _claim(recipe, table, record, resolution)

@@ -196,6 +196,27 @@ def test_a_precision_that_loses_accuracy_is_refused_and_leaves_no_table(
     assert not (tmp_path / "table" / "_table.json").exists()
 
 
+def test_a_precision_that_the_table_has_settled_is_not_judged_again_by_what_comes_later(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source, table = open_store(str(tmp_path / "shards")), tmp_path / "table"
+    source.write("0.tar", shard_bytes(0, 40))
+    recipe = extract_recipe(tmp_path, source.uri, str(table))
+    runtime = ("--set", "runtime={kind: openvino, precision: auto}")
+    first = engine("extract", recipe, "--json", *runtime)
+    assert first.code == 0, first.stderr
+    record = (table / "_table.json").read_bytes()
+    assert {trial["precision"] for trial in json.loads(record)["runtimes_tried"]} == {"float32", "bfloat16"}
+    settled = json.loads(record)["runtime"]["precision"]
+    source.write("1.tar", shard_bytes(40, 3))  # too few to judge anything by
+    for precision in ("auto", settled):
+        source.write(f"{precision}.tar", shard_bytes(50, 2))
+        later = engine("extract", recipe, "--json", *runtime, "--set", f"runtime.precision={precision}")
+        assert later.code == 0, later.stderr
+        assert later.summary["rows"] >= 2
+    assert (table / "_table.json").read_bytes() == record
+
+
 @pytest.fixture(scope="module")
 def small_table(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one shard, its table, and the recipe that made it."""
