@@ -141,12 +141,8 @@ class RunTotals:
         """Note the shards that this run set out to complete."""
         self.shards = ShardsUnderWay(works)
 
-    def add(self, receipt: Receipt, now: float | None = None) -> None:
-        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once.
-
-        Args:
-            now: on a clock that only goes forward, in seconds; None: `time.monotonic()`.
-        """
+    def add(self, receipt: Receipt) -> None:
+        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once."""
         header = receipt.header
         self.bytes_read += header.bytes_read
         if header.damage is not None:
@@ -161,7 +157,7 @@ class RunTotals:
         self.rejects += receipt.rejects
         busy = {stage: getattr(header, f"{stage}_s") for stage in STAGES}
         self.stage_s.update(busy)
-        self.steady.add(header.samples, busy, time.monotonic() if now is None else now)
+        self.steady.add(header.samples, busy, time.monotonic())
 
     @property
     def shards_done(self) -> int:

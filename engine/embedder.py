@@ -47,7 +47,7 @@ class Embedder:
         from engine.runtimes.kinds import open_runtime
 
         self.input_size, self.width = graph.input_size, graph.width
-        self._min_cosine = min_canary_cosine(runtime.precision)
+        self._min_cosine = MIN_CANARY_COSINE if runtime.precision == "float32" else MIN_REDUCED_COSINE
         self._runtime = open_runtime(runtime, graph, num_threads, use_gpu)
 
     def embed(self, pixels_BSS3: np.ndarray) -> np.ndarray:
@@ -85,11 +85,6 @@ class Embedder:
                 wanted=f"each at least {self._min_cosine}",
                 way_out="compare runtime versions, precision settings, processor and GPU of this host with the others",
             )
-
-
-def min_canary_cosine(precision: str) -> float:
-    """What two processes that compute the same must agree to."""
-    return MIN_CANARY_COSINE if precision == "float32" else MIN_REDUCED_COSINE
 
 
 def canary_pixels(side_px: int) -> np.ndarray:

@@ -15,19 +15,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.embedder import MIN_REDUCED_COSINE, Embedder, cosine_per_row
+from engine.embedder import MIN_CANARY_COSINE, MIN_REDUCED_COSINE, Embedder, cosine_per_row
 from engine.errors import EngineError, RecipeError
 
 if TYPE_CHECKING:
     from engine.runtimes.base import FrozenGraph
     from engine.runtimes.kinds import ResolvedRuntime
 
-MIN_FLOAT32_COSINE = 0.9999
 MAX_PROBE_LOSS = 0.003
 KERAS_IMAGES = 8  # Keras runs on so many: it is slow
 MIN_IMAGES = 8  # of the archive, to judge a reduced precision by
@@ -108,7 +107,7 @@ def choose_runtime(
         raise RecipeError(
             "runtime: no precision and kind that the recipe allows keeps the accuracy contract on this archive",
             found="; ".join(f"{trial.kind} {trial.precision}: {trial.refused}" for trial in trials),
-            wanted=f"cosine at least {MIN_FLOAT32_COSINE} (float32), {MIN_REDUCED_COSINE} (else), and a linear probe "
+            wanted=f"cosine at least {MIN_CANARY_COSINE} (float32), {MIN_REDUCED_COSINE} (else), and a linear probe "
             f"at most {100 * MAX_PROBE_LOSS:.1f} points below float32's",
             way_out="runtime.precision: float32, or auto, which takes a reduced one only where that is harmless",
         )
@@ -140,22 +139,22 @@ class _Judge:
         except (EngineError, RuntimeError, ValueError, NotImplementedError) as error:
             if isinstance(error, RecipeError):
                 raise
-            return _with(trial, refused=f"does not run here: {' '.join(str(error).split())[:200]}")
+            return replace(trial, refused=f"does not run here: {' '.join(str(error).split())[:200]}")
 
     def _float32(self, trial: Trial, embedder: Embedder) -> Trial:
         if len(self._keras_ND) == 0:
-            return _with(trial, refused="there is no image in the archive to try it on")
+            return replace(trial, refused="there is no image in the archive to try it on")
         found_ND = embedder.embed(self._images.pixels_NSS3[:KERAS_IMAGES])
         cosine = float(cosine_per_row(found_ND, self._keras_ND).min())
-        trial = _with(trial, cosine=cosine, images_per_second=self._rate(embedder))
-        if not cosine >= MIN_FLOAT32_COSINE:
-            return _with(trial, refused=f"cosine {cosine:.6f} to Keras")
+        trial = replace(trial, cosine=cosine, images_per_second=self._rate(embedder))
+        if not cosine >= MIN_CANARY_COSINE:
+            return replace(trial, refused=f"cosine {cosine:.6f} to Keras")
         return trial
 
     def _reduced(self, trial: Trial, embedder: Embedder) -> Trial:
         if len(self._images.pixels_NSS3) < MIN_IMAGES:
             count = len(self._images.pixels_NSS3)
-            return _with(
+            return replace(
                 trial, refused=f"only {count} images were found to judge it by, {MIN_IMAGES} are needed"
             )
         if self._reference is None:
@@ -163,7 +162,7 @@ class _Judge:
         reference = self._reference
         found_WD = embedder.embed(reference.pixels_WSS3)
         cosine = float(cosine_per_row(found_WD, reference.embeddings_WD).min())
-        trial = _with(
+        trial = replace(
             trial,
             cosine=cosine,
             images_per_second=self._rate(embedder),
@@ -171,9 +170,9 @@ class _Judge:
             probe_accuracy_float32=reference.accuracy,
         )
         if not cosine >= MIN_REDUCED_COSINE:
-            return _with(trial, refused=f"cosine {cosine:.5f} to float32")
+            return replace(trial, refused=f"cosine {cosine:.5f} to float32")
         if trial.probe_accuracy is None or trial.probe_accuracy < reference.accuracy - MAX_PROBE_LOSS:
-            return _with(
+            return replace(
                 trial,
                 refused=f"linear probe {trial.probe_accuracy:.4f}, with float32 {reference.accuracy:.4f}",
             )
@@ -261,7 +260,3 @@ def probe_accuracy(embeddings_WD: np.ndarray, classes_W: np.ndarray) -> float:
         answers = (gram_WW[np.ix_(~fitted, fitted)] @ weights).argmax(axis=1)
         right += int((answers == classes_W[~fitted]).sum())
     return right / len(features)
-
-
-def _with(trial: Trial, **values: Any) -> Trial:
-    return Trial(**(asdict(trial) | values))

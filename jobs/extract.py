@@ -195,7 +195,7 @@ def settle_table(recipe: ExtractRecipe, archive: Archive, sizing: Sizing, machin
     )
     resolution = resolve(network, archive if record is None else None, record if same_backbone else None)
     if record is None or not same_backbone:
-        _require_actor_room(recipe, resolution, machines, joins_cluster(recipe.compute.address))
+        _require_actor_room(recipe, record, resolution, machines, joins_cluster(recipe.compute.address))
         record = _claim(recipe, table, record, resolution)
     return Setup(
         resolution.graph, resolution.runtime, record["fingerprint"], tuple(map(tuple, record["canary"]))
@@ -208,14 +208,16 @@ def _names_same_backbone(recipe: ExtractRecipe, record: Record) -> bool:
 
 
 def _require_actor_room(
-    recipe: ExtractRecipe, resolution: Resolution, machines: Machines, in_cluster: bool
+    recipe: ExtractRecipe,
+    record: Record | None,
+    resolution: Resolution,
+    machines: Machines,
+    in_cluster: bool,
 ) -> None:
     """Refuse a network that was seen to take more than these machines have."""
-    from engine.sizing import check_room, footprint, size_up
+    from engine.sizing import check_room
 
-    rows = _rows_per_part(recipe, None)
-    needs = footprint(recipe.compute, recipe.limits, rows, recipe.backbone.input_size, resolution.peak_bytes)
-    check_room(size_up(recipe.compute, machines, needs), machines, in_cluster)
+    check_room(_layout(recipe, record, resolution.peak_bytes, machines), machines, in_cluster)
 
 
 def _runtime(recipe: ExtractRecipe, record: Record | None) -> RuntimeConfig:
@@ -351,17 +353,18 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> Non
 
 def _sizing(recipe: ExtractRecipe, record: Record | None, machines: Machines) -> Sizing:
     """The layout on these machines; what an actor takes is known once the table's record says it."""
+    is_known = record is not None and record["runtime"] == _runtime(recipe, record).model_dump(mode="json")
+    actor_peak = record.get("actor_peak_bytes") if record is not None and is_known else None
+    return _layout(recipe, record, actor_peak, machines)
+
+
+def _layout(
+    recipe: ExtractRecipe, record: Record | None, actor_peak: int | None, machines: Machines
+) -> Sizing:
     from engine.sizing import footprint, size_up
 
-    same = record is not None and record["runtime"] == _runtime(recipe, record).model_dump(mode="json")
-    needs = footprint(
-        recipe.compute,
-        recipe.limits,
-        _rows_per_part(recipe, record),
-        recipe.backbone.input_size,
-        record.get("actor_peak_bytes") if record is not None and same else None,
-    )
-    return size_up(recipe.compute, machines, needs)
+    rows, side = _rows_per_part(recipe, record), recipe.backbone.input_size
+    return size_up(recipe.compute, machines, footprint(recipe.compute, recipe.limits, rows, side, actor_peak))
 
 
 def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:

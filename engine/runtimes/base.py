@@ -78,6 +78,17 @@ class Runtime(ABC):
     def _run_into(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray) -> None:
         """Embed checked images, none or many, each into its row."""
 
+    def _batch(self, pixels_BSS3: np.ndarray, start: int) -> np.ndarray:
+        """`batch_size` images from `start` on: a remainder is filled up with nothing, where a network is compiled for
+        one size."""
+        import numpy as np
+
+        batch = pixels_BSS3[start : start + self.batch_size]
+        missing = self.batch_size - len(batch)
+        if not missing:
+            return batch
+        return np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
+
     def _check(self, pixels_BSS3: np.ndarray) -> None:
         wanted = f"(B, {self.input_size}, {self.input_size}, 3)"
         dtype, shape = (

@@ -29,7 +29,7 @@ def in_half_precision(graph_def: Any, dtype: tf.DType) -> Any:
     nodes = {node.name: node for node in graph_def.node}
     kept = _scaling(graph_def) | _ending(nodes, EMBEDDINGS)
     lowered = tf.compat.v1.GraphDef(versions=graph_def.versions)
-    casts: dict[str, str] = {}
+    casts: set[str] = set()
     for node in graph_def.node:
         copy = lowered.node.add()
         copy.CopyFrom(node)
@@ -48,7 +48,8 @@ def in_half_precision(graph_def: Any, dtype: tf.DType) -> Any:
                 continue
             gives_half = source.op != "Const" and source.name not in kept
             if gives_half != wants_half:
-                node.input[place] = _cast(lowered, casts, name, half if wants_half else _FLOAT)
+                types = (_FLOAT, half) if wants_half else (half, _FLOAT)
+                node.input[place] = _cast(lowered, casts, name, *types)
     return lowered
 
 
@@ -83,20 +84,13 @@ def _ending(nodes: dict[str, Any], name: str) -> set[str]:
     return ending
 
 
-def _cast(graph_def: Any, casts: dict[str, str], name: str, to: int) -> str:
+def _cast(graph_def: Any, casts: set[str], name: str, have: int, want: int) -> str:
     """The name of a node that gives the same in the other type; made once."""
-    key = f"{name.replace(':', '_')}/as_{tf.dtypes.as_dtype(to).name}"
+    key = f"{name.replace(':', '_')}/as_{tf.dtypes.as_dtype(want).name}"
     if key not in casts:
+        casts.add(key)
         node = graph_def.node.add()
         node.op, node.name = "Cast", key
         node.input.append(name)
-        node.attr["SrcT"].type = _FLOAT if to != _FLOAT else _half_of(graph_def, name)
-        node.attr["DstT"].type = to
-        casts[key] = key
+        node.attr["SrcT"].type, node.attr["DstT"].type = have, want
     return key
-
-
-def _half_of(graph_def: Any, name: str) -> int:
-    wanted = name.partition(":")[0]
-    (source,) = (node for node in graph_def.node if node.name == wanted)
-    return int(source.attr["DstT" if "DstT" in source.attr else "T"].type)

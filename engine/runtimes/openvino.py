@@ -59,11 +59,7 @@ class OpenVINORuntime(Runtime):
     def _run_into(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray) -> None:
         call = _Call(embeddings_BD, -(-len(pixels_BSS3) // self.batch_size))
         for start in range(0, len(pixels_BSS3), self.batch_size):
-            batch = pixels_BSS3[start : start + self.batch_size]
-            if len(batch) < self.batch_size:  # the shape is fixed: filled up with nothing
-                batch = np.concatenate(
-                    [batch, np.zeros((self.batch_size - len(batch), *batch.shape[1:]), np.uint8)]
-                )
+            batch = self._batch(pixels_BSS3, start)
             with self._one_at_a_time:
                 self._queue.start_async({0: batch}, (call, start))
         while not call.done.wait(_STALL_S):

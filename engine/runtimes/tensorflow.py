@@ -73,13 +73,9 @@ class TensorFlowRuntime(Runtime):
             pass
 
     def _run_on_gpu(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray, start: int) -> None:
-        """One batch; XLA has compiled the network for one batch size, so that a remainder is filled up with nothing."""
-        batch = pixels_BSS3[start : start + self.batch_size]
-        rows = embeddings_BD[start : start + len(batch)]
-        if len(batch) < self.batch_size:
-            filling = np.zeros((self.batch_size - len(batch), *batch.shape[1:]), np.uint8)
-            batch = np.concatenate([batch, filling])
-        rows[:] = np.asarray(self._function(tf.constant(batch)))[: len(rows)]
+        """One batch, always of the one size that XLA has compiled the network for."""
+        rows = embeddings_BD[start : start + self.batch_size]
+        rows[:] = np.asarray(self._function(tf.constant(self._batch(pixels_BSS3, start))))[: len(rows)]
 
 
 def compiled_if_faster(function: Any, input_size: int, batch_size: int) -> Any:
