@@ -36,6 +36,8 @@ class FileAnswer:
             EngineError: as the function raised it, or that its process broke.
         """
         while not self.path.exists():
+            if not self.path.parent.exists():
+                raise ClusterError("the run that this process belongs to is over")
             time.sleep(_POLL_S)
         answer, error = pickle.loads(self.path.read_bytes())
         if error is not None:

@@ -63,3 +63,5 @@ def test_the_process_ends_with_the_block(tmp_path: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
     assert not answer.path.parent.exists()
+    with pytest.raises(ClusterError, match="is over"):  # whoever still waits does not wait for ever
+        answer.get()

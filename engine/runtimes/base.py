@@ -66,6 +66,7 @@ class Runtime(ABC):
         Raises:
             TypeError: not an array of uint8 (scaled pixels would be scaled twice).
             ValueError: another shape.
+            RuntimeError: the library cannot compute this network on this machine.
         """
         import numpy as np
 

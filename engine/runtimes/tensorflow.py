@@ -61,6 +61,12 @@ class TensorFlowRuntime(Runtime):
             self._transfers = ThreadPoolExecutor(TRANSFERS_AT_ONCE, thread_name_prefix="transfer")
 
     def _run_into(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray) -> None:
+        try:
+            self._run_batches(embeddings_BD, pixels_BSS3)
+        except tf.errors.OpError as error:  # of no class that others could catch without TensorFlow
+            raise RuntimeError(str(error)) from None
+
+    def _run_batches(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray) -> None:
         starts = range(0, len(pixels_BSS3), self.batch_size)
         if self._transfers is None:
             for start in starts:
