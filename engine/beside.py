@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,10 @@ from typing import Any
 from engine.errors import ClusterError, EngineError
 
 _POLL_S = 0.02
+_ROUTINE = re.compile(
+    r"[IW]\d{4} |\d{4}-\d\d-\d\d [\d:.]+: [IW] |WARNING: All log messages before absl"
+    r"|To enable the following instructions"
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,19 @@ def _tell_of_its_end(process: subprocess.Popen[bytes], folder: Path) -> None:
     """An answer for those who wait, where the process ended without one."""
     status = process.wait()
     if not (folder / "answer").exists():
-        words = (folder / "log").read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+        words = _last_words((folder / "log").read_text(encoding="utf-8", errors="replace"))
         error = ClusterError(
             "the process that loads the network ended before its time",
             found=f"exit status {status}; its last words: {words or 'none'}",
             way_out="run the same command again; status -9: the machine ran out of memory",
         )
         _write_answer(folder, None, error)
+
+
+def _last_words(log: str) -> str:
+    """The end of a log without what TensorFlow says at every start: glog's INFO lines and what goes with them."""
+    lines = (line for line in log.splitlines() if line.strip() and not _ROUTINE.match(line))
+    return "\n".join(lines)[-2000:]
 
 
 def _write_answer(folder: Path, answer: Any, error: EngineError | None) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ class ObjectAnswer:
 
 def run_extract(
     job: ExtractJob, setup: Answer, groups: Sequence[WorkList], sizing: Sizing
-) -> Iterator[Receipt]:
+) -> Generator[Receipt]:
     """Stream shards through readers, actors and writers; receipts come as parts are committed, in any order.
 
     Readers begin while actors still wait for the setup.

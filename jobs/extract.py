@@ -165,10 +165,10 @@ def _extract(
             _require_room(sizing, machines, in_cluster)
         groups = read_tasks(pending.works, sizing.decode_tasks)
         if groups:
-            receipts = run_extract(
-                _job(recipe, _rows_per_part(recipe, record), sizing), setup, groups, sizing
-            )
-            _follow(receipts, totals, pending, profile)
+            job = _job(recipe, _rows_per_part(recipe, record), sizing)
+            # Closed while there is a Ray: what Ray Data does afterwards would start another.
+            with contextlib.closing(run_extract(job, setup, groups, sizing)) as receipts:
+                _follow(receipts, totals, pending, profile)
         else:
             setup.get()
         return sizing, machines, len(groups), _record_of(recipe)

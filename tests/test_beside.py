@@ -24,6 +24,16 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def killed_while_tensorflow_starts() -> None:
+    print("WARNING: All log messages before absl::InitializeLog() is called are written to STDERR")
+    print("I0000 00:00:1795363537.123456   12345 port.cc:153] oneDNN custom operations are on.")
+    print("2026-11-22 16:05:37.123456: I tensorflow/core/util/port.cc:153] oneDNN custom operations are on.")
+    print(
+        "To enable the following instructions: AVX2 FMA, in other operations, rebuild TensorFlow", flush=True
+    )
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def broken() -> None:
     raise ZeroDivisionError("unforeseen")
 
@@ -47,7 +57,11 @@ def test_an_error_of_ours_is_raised_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("function", "found"),
-    [(killed, "exit status -9.*out of luck"), (broken, "(?s)ZeroDivisionError.*unforeseen")],
+    [
+        (killed, "exit status -9.*out of luck"),
+        (killed_while_tensorflow_starts, "exit status -9; its last words: none"),
+        (broken, "(?s)ZeroDivisionError.*unforeseen"),
+    ],
 )
 def test_a_process_that_breaks_is_told_of_with_its_last_words(function: object, found: str) -> None:
     with beside(function) as answer, pytest.raises(ClusterError, match=found):  # type: ignore[arg-type]
