@@ -94,6 +94,16 @@ class Setup:
     fingerprint: str
     canary: tuple[tuple[float, ...], ...]
 
+    def open_embedder(self, num_threads: int | None, use_gpu: bool) -> Embedder:
+        """The network, loaded into this process and checked.
+
+        Raises:
+            CanaryMismatch: this process computes other numbers than the table was made with.
+        """
+        embedder = Embedder(self.graph, self.runtime, num_threads, use_gpu)
+        embedder.check(np.asarray(self.canary, np.float32))
+        return embedder
+
 
 class Answer(Protocol):
     """Something that another process is still at; picklable."""
@@ -595,8 +605,7 @@ class PartEmbedder:
         import_runtime(job.runtime)
         settled: Setup = setup.get()
         self._job, self._fingerprint = job, settled.fingerprint
-        self._embedder = Embedder(settled.graph, settled.runtime, job.embed_threads, job.use_gpu)
-        self._embedder.check(np.asarray(settled.canary, np.float32))
+        self._embedder = settled.open_embedder(job.embed_threads, job.use_gpu)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         part = Part.from_row(row)
