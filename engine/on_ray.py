@@ -53,7 +53,7 @@ from engine.worklist import WorkList
 TARGET_BLOCK_BYTES = 1 << 20
 # Ray 2.57 lowered the default from 10 to 2, which starves actors that start slowly.
 DOWNSTREAM_CAPACITY_RATIO = 10.0
-# Two parts per actor: one computed on, one waiting in its queue.
+# One part is computed on while the other is unpacked, or its answer is put away: Ray Data lets them take turns.
 PARTS_IN_FLIGHT_PER_ACTOR = 2
 OBJECT_STORE_SHARE = 0.3  # of the free memory: Ray's default for a local one
 _FAILURE = "failure"
@@ -262,6 +262,7 @@ def run_extract(
             max_size=sizing.actors,
             initial_size=sizing.start_actors,
             max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
+            max_concurrent_calls_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
         ),
         num_cpus=sizing.actor_cpus,
         num_gpus=sizing.actor_gpus or None,

@@ -156,6 +156,14 @@ def test_a_few_large_shards_are_decoded_by_more_tasks_than_they_are() -> None:
     assert sizing.decoders(0, 0) == 0
 
 
+def test_small_parts_leave_room_for_every_running_task() -> None:
+    """Ray Data counts at least 2 MiB for each task, whatever it hands on; less room would leave actors unfed."""
+    small = size_up(Compute(actors=ActorRange(min=4, max=4)), node(), replace(NEEDS, part=200_000))
+    tasks = small.start_actors + small.decode_tasks + small.writers
+    assert small.bytes_in_flight >= tasks * (2 << 20)
+    assert layout(Compute(), node()).bytes_in_flight % NEEDS.part == 0  # of usual parts: what they take
+
+
 def test_actors_are_a_number_or_a_range() -> None:
     assert Compute.model_validate({"actors": 3}).actors == ActorRange(min=3, max=3)
     assert Compute.model_validate({"actors": {"max": 3}}).actors == ActorRange(min=1, max=3)
