@@ -23,7 +23,7 @@ from engine.errors import ClusterError, EngineError
 
 _POLL_S = 0.02
 _ROUTINE = re.compile(
-    r"[IW]\d{4} |\d{4}-\d\d-\d\d [\d:.]+: [IW] |WARNING: All log messages before absl"
+    r"I\d{4} |\d{4}-\d\d-\d\d [\d:.]+: I |WARNING: All log messages before absl"
     r"|To enable the following instructions"
 )
 
