@@ -29,8 +29,9 @@ class TensorFlowRuntimeConfig(Config):
     """Of the arithmetic, and part of the fingerprint; float32 means float32 on a GPU too, tf32 its products of 10 bits.
     Less than float32 must keep the accuracy contract on images of the archive, or is refused; auto: the fastest that
     does."""
-    batch_size: int = Field(default=64, ge=1)
-    """Images per call of the graph: more need more memory and change no result beyond rounding."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images per call of the graph: more need more memory and change no result beyond rounding. null: 64 on a GPU, 8 on
+    each core of a CPU."""
 
 
 class OpenVINORuntimeConfig(Config):

@@ -15,7 +15,7 @@ def test_runtime_may_be_left_out() -> None:
     assert check_recipe(Recipe, {}).runtime.model_dump() == {
         "kind": "tensorflow",
         "precision": "float32",
-        "batch_size": 64,
+        "batch_size": None,
     }
 
 
@@ -47,17 +47,17 @@ def choices(has_gpu: bool, **runtime: object) -> list[str]:
 
 
 def test_a_recipe_that_leaves_nothing_open_means_one_runtime() -> None:
-    assert choices(False) == ["tensorflow float32 64"]
+    assert choices(False) == ["tensorflow float32 None"]
     assert choices(False, kind="openvino", precision="bfloat16", batch_size=3) == ["openvino bfloat16 3"]
 
 
 def test_auto_means_what_runs_here_the_safest_first() -> None:
-    assert choices(False, kind="auto") == ["tensorflow float32 64", "openvino float32 4"]
-    assert choices(True, kind="auto") == ["tensorflow float32 64"]  # OpenVINO would leave the GPU idle
+    assert choices(False, kind="auto") == ["tensorflow float32 None", "openvino float32 4"]
+    assert choices(True, kind="auto") == ["tensorflow float32 None"]  # OpenVINO would leave the GPU idle
     assert choices(False, kind="auto", precision="auto") == [
-        "tensorflow float32 64",
+        "tensorflow float32 None",
         "openvino float32 4",
-        "tensorflow bfloat16 64",
+        "tensorflow bfloat16 None",
         "openvino bfloat16 4",
     ]
     assert choices(True, precision="auto", batch_size=256) == [
@@ -75,5 +75,5 @@ def test_what_a_recipe_leaves_open_is_as_the_table_has_it() -> None:
     assert settled(kind="auto", precision="auto") == table
     assert settled(kind="auto", precision="float32") == table  # another precision: the contract refuses it
     assert settled(kind="openvino", precision="auto", batch_size=2) == table | {"batch_size": 2}
-    assert settled(precision="auto") == {"kind": "tensorflow", "precision": "bfloat16", "batch_size": 64}
-    assert settled() == {"kind": "tensorflow", "precision": "float32", "batch_size": 64}
+    assert settled(precision="auto") == {"kind": "tensorflow", "precision": "bfloat16", "batch_size": None}
+    assert settled() == {"kind": "tensorflow", "precision": "float32", "batch_size": None}

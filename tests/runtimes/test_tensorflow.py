@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,11 +33,12 @@ def test_threads_are_set_in_a_fresh_process_and_may_be_asked_for_again() -> None
         "prepare_process(3)\n"
         "import tensorflow as tf; tf.zeros(1)\n"
         "prepare_process(3)\n"
-        "print('threads', tf.config.threading.get_intra_op_parallelism_threads())"
+        "print('threads', tf.config.threading.get_intra_op_parallelism_threads(),"
+        " tf.config.threading.get_inter_op_parallelism_threads())"
     )
     printed = run_python(code)
     assert "already started" not in printed
-    assert printed.splitlines()[-1] == "threads 3"
+    assert printed.splitlines()[-1] == "threads 1 3"
 
 
 def test_xla_is_used_where_it_is_faster_and_does_not_have_to_work() -> None:
@@ -84,7 +84,7 @@ def test_batches_that_are_on_their_way_at_once_come_to_their_own_rows(num_images
         sizes.append(len(pixels))
         return function(pixels)
 
-    runtime._function, runtime._transfers = noted, ThreadPoolExecutor(2)
+    runtime._function, runtime._run_batch = noted, runtime._run_on_gpu
     pixels = np.random.default_rng(0).integers(0, 256, (num_images, 5, 5, 3), dtype=np.uint8)
     np.testing.assert_allclose(runtime.run(pixels), pixels.mean((1, 2)).reshape(-1, 3), rtol=1e-5)
     assert sizes == [4] * -(-num_images // 4)
