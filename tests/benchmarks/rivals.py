@@ -177,9 +177,10 @@ def open_embedder(
     from pydantic import TypeAdapter
 
     from engine.backbones.kinds import KerasApplicationConfig, build_backbone
-    from engine.runtimes.kinds import RuntimeConfig, freeze_network, open_runtime
+    from engine.runtimes.kinds import RuntimeConfig, freeze_network, open_runtime, prepare_to_freeze
     from engine.storage import StorageConfig
 
+    prepare_to_freeze(os.cpu_count(), use_gpu=False)  # as in the engine, before TensorFlow computes anything
     config = TypeAdapter(RuntimeConfig).validate_python(runtime)
     backbone = KerasApplicationConfig(name=network, weights=str(weights), input_size=side_px)
     built = build_backbone(backbone, StorageConfig())
