@@ -8,8 +8,8 @@ does that by itself on processors with AVX-512 only): MobileNetV2 ran 1.8 times,
 times as fast with them on two cores of an AVX2 machine (2026-11-22).
 
 Each core has small batches of its own: threads that share an operation wait for each other after every one, the longer
-the more often a decoder takes a core away. MobileNetV2 ran 1.28 times, EfficientNetB0 1.08 times as fast as with 64
-images at a time over both cores, ResNet50 as fast (the same machine; 9, 6 and 1 alternating runs).
+the more often a decoder takes a core away. MobileNetV2 ran 1.25 times, EfficientNetB0 1.1 times as fast as with 64
+images at a time over both cores, ResNet50 0.95 times (the same machine; 3, 2 and 2 alternating processes of each).
 
 Shape letters: B images, S side in pixels, D embedding width.
 """
@@ -40,10 +40,8 @@ logger = logging.getLogger(__name__)
 # ran at 8.0, 11.3 and 12.9 thousand images/s with 1, 2 and 4 of them, of the 14.5 that the GPU alone does; larger
 # batches gained nothing, for beyond 32 MB each is copied into fresh pages (one H100, TensorFlow 2.21, 2026-11-22).
 TRANSFERS_AT_ONCE = 4
-BATCH_SIZE_GPU, BATCH_SIZE_CPU = (
-    64,
-    8,
-)  # on a CPU of 8, 16 and 64 the best or equal to the best, for three networks
+BATCH_SIZE_GPU = 64
+BATCH_SIZE_CPU = 8  # on each core; 16 was within a twentieth of it, for three networks
 _HALF = {"bfloat16": tf.bfloat16, "float16": tf.float16}
 
 
@@ -59,27 +57,26 @@ class TensorFlowRuntime(Runtime):
         use_gpu: bool = False,
     ) -> None:
         prepare_process(num_threads, use_gpu, allow_tf32=config.precision == "tf32")
-        on_gpu = use_gpu and gpus_in_use() > 0
-        super().__init__(graph, config.batch_size or (BATCH_SIZE_GPU if on_gpu else BATCH_SIZE_CPU))
+        self._on_gpu = use_gpu and gpus_in_use() > 0
+        super().__init__(graph, config.batch_size or (BATCH_SIZE_GPU if self._on_gpu else BATCH_SIZE_CPU))
         graph_def = tf.compat.v1.GraphDef.FromString(graph.graph_def)
         if config.precision in _HALF:
             from engine.runtimes.half import in_half_precision
 
             graph_def = in_half_precision(graph_def, _HALF[config.precision])
         self._function = imported(graph_def, self.input_size)
-        self._run_batch, at_once = self._run_on_cpu, (num_threads or len(os.sched_getaffinity(0))) + 1
-        if on_gpu:
-            self._function = compiled_if_faster(self._function, self.input_size, self.batch_size)
-            self._run_batch, at_once = self._run_on_gpu, TRANSFERS_AT_ONCE
         # One more than cores: a batch waits ready while another's results are copied.
+        at_once = (num_threads or len(os.sched_getaffinity(0))) + 1
+        if self._on_gpu:
+            self._function = compiled_if_faster(self._function, self.input_size, self.batch_size)
+            at_once = TRANSFERS_AT_ONCE
         self._calls = ThreadPoolExecutor(at_once, thread_name_prefix="forward")
 
     def _run_into(self, embeddings_BD: np.ndarray, pixels_BSS3: np.ndarray) -> None:
         starts = range(0, len(pixels_BSS3), self.batch_size)
+        run_batch = self._run_on_gpu if self._on_gpu else self._run_on_cpu
         try:
-            for _ in self._calls.map(
-                lambda start: self._run_batch(embeddings_BD, pixels_BSS3, start), starts
-            ):
+            for _ in self._calls.map(lambda start: run_batch(embeddings_BD, pixels_BSS3, start), starts):
                 pass
         except tf.errors.OpError as error:  # of no class that others could catch without TensorFlow
             raise RuntimeError(str(error)) from None

@@ -84,7 +84,7 @@ def test_batches_that_are_on_their_way_at_once_come_to_their_own_rows(num_images
         sizes.append(len(pixels))
         return function(pixels)
 
-    runtime._function, runtime._run_batch = noted, runtime._run_on_gpu
+    runtime._function, runtime._on_gpu = noted, True
     pixels = np.random.default_rng(0).integers(0, 256, (num_images, 5, 5, 3), dtype=np.uint8)
     np.testing.assert_allclose(runtime.run(pixels), pixels.mean((1, 2)).reshape(-1, 3), rtol=1e-5)
     assert sizes == [4] * -(-num_images // 4)
