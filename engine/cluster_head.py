@@ -24,6 +24,15 @@ PATIENCE = 0.7  # of it: a word from us before Ray ends the process
 _RAY_PATIENCE_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
+def joins_cluster(address: str | None) -> bool:
+    """Whether a run would connect to a running cluster, which may grow, rather than start a local Ray.
+
+    Args:
+        address: the recipe's; None: what RAY_ADDRESS says.
+    """
+    return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
 def require_answer(address: str | None) -> None:
     """Make sure that somebody listens at `host:port`; other forms of address are not judged.
 

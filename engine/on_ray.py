@@ -17,12 +17,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray._private.utils import estimate_available_memory
 from ray.data import (
     ActorPoolStrategy,
     DataContext,
@@ -58,7 +56,6 @@ PARTS_IN_FLIGHT_PER_ACTOR = 2
 # Stages take turns in being idle. Ray's default of one second ended their processes meanwhile, and 8,000 images took
 # 7 s longer for starting others (two cores, 2026-11-22).
 IDLE_WORKER_MS = 600_000
-OBJECT_STORE_SHARE = 0.3  # of the free memory: Ray's default for a local one
 _FAILURE = "failure"
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -113,33 +110,6 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
-
-
-def joins_cluster(address: str | None) -> bool:
-    """Whether `ray_session` would connect to a running cluster, which may grow, rather than start a local Ray."""
-    return bool(address or os.environ.get("RAY_ADDRESS"))
-
-
-def machines_here() -> Machines:
-    """This machine, for a local Ray: the cores, GPUs and memory that this process may use."""
-    free = float(estimate_available_memory())  # type: ignore[no-untyped-call]  # as Ray will count it
-    return Machines.of_one_node(
-        cpus=float(len(os.sched_getaffinity(0))),
-        gpus=_gpus_here(),
-        memory=(1 - OBJECT_STORE_SHARE) * free,
-        object_store=OBJECT_STORE_SHARE * free,
-    )
-
-
-def _gpus_here() -> float:
-    """NVIDIA devices, as far as CUDA_VISIBLE_DEVICES lets them be seen; infinite where /dev has none: Ray knows other
-    ways to find some, and is asked again when it runs."""
-    devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not devices or visible is None:
-        return float(len(devices)) or math.inf
-    named = [name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
-    return float(len(named))
 
 
 def machines_of_cluster() -> Machines:
@@ -265,27 +235,29 @@ def run_extract(
         )
     dataset = dataset.map_batches(
         _EmbedActor,
-        fn_constructor_args=(job, setup),
+        fn_constructor_args=(job, setup, sizing.writers == 0),
         compute=ActorPoolStrategy(
             min_size=sizing.min_actors,
             max_size=sizing.actors,
             initial_size=sizing.start_actors,
             max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
             max_concurrent_calls_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
+            enable_true_multi_threading=not sizing.writers,
         ),
         num_cpus=sizing.actor_cpus,
         num_gpus=sizing.actor_gpus or None,
         memory=needs.actor,
         **_ONE_PART_A_CALL,
     )
-    dataset = dataset.map_batches(
-        _write_row,
-        fn_args=(job,),
-        compute=TaskPoolStrategy(size=sizing.writers),
-        num_cpus=WRITE_TASK_CPUS,
-        memory=WRITER_BYTES,
-        **_ONE_PART_A_CALL,
-    )
+    if sizing.writers:
+        dataset = dataset.map_batches(
+            _write_row,
+            fn_args=(job,),
+            compute=TaskPoolStrategy(size=sizing.writers),
+            num_cpus=WRITE_TASK_CPUS,
+            memory=WRITER_BYTES,
+            **_ONE_PART_A_CALL,
+        )
     for receipt in _column(dataset, "receipt"):
         yield Receipt.from_json(receipt)
 
@@ -369,12 +341,17 @@ class _Reader:
 
 
 class _EmbedActor:
-    """A failing start is kept and told with the first row: Ray would retry the actor and hide the message."""
+    """A failing start is kept and told with the first row: Ray would retry the actor and hide the message.
 
-    def __init__(self, job: ExtractJob, setup: Answer) -> None:
+    Args:
+        writes: write each part as well, while another is computed on.
+    """
+
+    def __init__(self, job: ExtractJob, setup: Answer, writes: bool) -> None:
         self._stage: Stage | EngineError
         try:
-            self._stage = PartEmbedder(job, setup)
+            embed = PartEmbedder(job, setup)
+            self._stage = (lambda row: write_part(job, embed(row))) if writes else embed
         except EngineError as error:
             self._stage = error
 

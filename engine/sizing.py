@@ -139,8 +139,8 @@ class Sizing:
 
     @property
     def writers(self) -> int:
-        """Tasks that write parts at once: each is a process to start, and one keeps up with several actors."""
-        return max(2, self.start_actors)
+        """Tasks that write parts at once; none without GPUs: there actors write, too, beside their next part."""
+        return _writers(self.actor_gpus, self.start_actors)
 
     @property
     def cpus_reserved(self) -> float:
@@ -176,6 +176,12 @@ SMALL_PART_BYTES = 8 << 20
 SPLIT_SHARD_BYTES = 32 << 20  # below that a shard is decoded before another task has started
 
 
+def _writers(gpus_per_actor: float, actors: int) -> int:
+    """Each is a process to start, and one keeps up with several actors. On the cores that actors compute with it would
+    only be one more to share them."""
+    return max(2, actors) if gpus_per_actor else 0
+
+
 def decode_threads(compute: Compute) -> int:
     """Threads that decode in each reader."""
     return compute.decode_threads or 2
@@ -192,7 +198,8 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
     start = max(at_least, min(at_most, _actors_that_fit(compute, actor_cpus, machines, needs)))
     share = compute.cpus_per_actor or machines.largest_node_cpus / math.ceil(start / max(1, machines.nodes))
     free_cpus = int(machines.cpus - start * actor_cpus)
-    free_memory = machines.memory - start * needs.actor - max(2, start) * WRITER_BYTES
+    writers = _writers(compute.gpus_per_actor, start)
+    free_memory = machines.memory - start * needs.actor - writers * WRITER_BYTES
     # A process takes its memory from one node, and what is left over there may be too little for another: readers that
     # took every last byte could leave an actor that is to be started again without a place.
     free_memory -= max(0, machines.nodes - 1) * min(needs.actor, needs.reader)
@@ -215,11 +222,12 @@ def size_up(compute: Compute, machines: Machines, needs: Footprint) -> Sizing:
 
 def _actors_that_fit(compute: Compute, actor_cpus: float, machines: Machines, needs: Footprint) -> int:
     """Beside one reader; without GPUs they take no more than half of the cores, or nobody would feed them."""
-    by_memory = _times(machines.memory - needs.reader_at_least - 2 * WRITER_BYTES, needs.actor + WRITER_BYTES)
+    free_memory = machines.memory - needs.reader_at_least
     if compute.gpus_per_actor:
+        by_memory = _times(free_memory - 2 * WRITER_BYTES, needs.actor + WRITER_BYTES)
         by_gpu = _times(machines.gpus, compute.gpus_per_actor)
         return int(min(by_gpu, _times(machines.cpus - 1, actor_cpus), by_memory))
-    return int(min(_times(machines.cpus // 2, actor_cpus), by_memory))
+    return int(min(_times(machines.cpus // 2, actor_cpus), _times(free_memory, needs.actor)))
 
 
 def _times(available: float, each: float) -> float:
@@ -287,7 +295,7 @@ def _claims(sizing: Sizing, machines: Machines, is_cluster: bool) -> Iterator[_C
     lower = "compute.memory_per_actor, compute.memory_per_reader (what they are believed to need), compute.decode_tasks"
     yield _Claim(
         f"memory: {_gb(total)} = "
-        + " + ".join(f"{count} {name} x {_gb(size)}" for count, name, size in terms),
+        + " + ".join(f"{count} {name} x {_gb(size)}" for count, name, size in terms if count),
         total > machines.memory,
         lower,
     )

@@ -28,7 +28,8 @@ def run_demo(folder: Path) -> dict[str, Any]:
         EngineError: a package of the extra `demo` is not installed.
     """
     _require_packages()
-    from engine.on_ray import machines_here, ray_session
+    from engine.on_ray import ray_session
+    from engine.this_machine import machines_here
     from jobs.demo_images import write_demo_shards
 
     started = time.monotonic()

@@ -75,9 +75,10 @@ def run(
         profile: stop after about so many images, which stay in the table, and say what held them up.
     """
     from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
-    from engine.on_ray import joins_cluster, machines_here
+    from engine.cluster_head import joins_cluster
     from engine.plan import check_prune
     from engine.tables import require_writable
+    from engine.this_machine import machines_here
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
@@ -134,7 +135,7 @@ def _extract(
 ) -> tuple[Sizing, Machines, int, Record]:
     """Resolve the table and stream what is pending; answers with layout, number of read tasks, record."""
     from engine.beside import beside
-    from engine.on_ray import joins_cluster, machines_of_cluster, ray_session, run_extract, run_on_worker
+    from engine.cluster_head import joins_cluster
     from engine.plan import read_tasks
 
     in_cluster = joins_cluster(recipe.compute.address)
@@ -144,6 +145,9 @@ def _extract(
         sizing = _sizing(recipe, record, here)
         if not in_cluster:  # on this machine: it loads the network while Ray starts
             setup = stack.enter_context(beside(settle_table, recipe, archive, sizing, here))
+        # Only now: importing Ray takes seconds in which the network is already being loaded.
+        from engine.on_ray import machines_of_cluster, ray_session, run_extract, run_on_worker
+
         stack.enter_context(ray_session(recipe.compute.address, max(sizing.cpus_reserved, here.cpus)))
         machines = machines_of_cluster()
         sizing = _sizing(recipe, record, machines)
@@ -180,8 +184,8 @@ def settle_table(recipe: ExtractRecipe, archive: Archive, sizing: Sizing, machin
     Raises:
         EngineError: the network cannot be loaded, is not the table's, or takes more memory than there is.
     """
+    from engine.cluster_head import joins_cluster
     from engine.extraction import Setup
-    from engine.on_ray import joins_cluster
     from engine.resolve import Network, resolve
     from engine.storage import open_store
     from engine.tables import read_record
@@ -258,8 +262,9 @@ def plan(
     profile: int | None = None,
 ) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing. A profile would do less of the same."""
-    from engine.on_ray import joins_cluster, machines_here
+    from engine.cluster_head import joins_cluster
     from engine.plan import check_prune, read_tasks
+    from engine.this_machine import machines_here
 
     prune = prune or prune_up_to is not None
     _, table, record, pending = _look(recipe, replay_rejects)
@@ -575,7 +580,7 @@ def _parallelism(sizing: Sizing, num_groups: int, bytes_total: int) -> dict[str,
         "read": readers,
         "decode": (sizing.decoders(num_groups, bytes_total) or readers) * sizing.decode_threads,
         "embed": sizing.start_actors,
-        "write": sizing.writers,
+        "write": sizing.writers or sizing.start_actors,
     }
 
 

@@ -43,7 +43,8 @@ class FitRecipe(FitSettings):
 
 def run(recipe: FitRecipe) -> Outcome:
     """Fit on one training worker under Ray Train, which publishes the bundle."""
-    from engine.on_ray import joins_cluster, machines_of_cluster, ray_session, run_training
+    from engine.cluster_head import joins_cluster
+    from engine.on_ray import machines_of_cluster, ray_session, run_training
 
     run_id = new_run_id("fit")
     table, columns = _look(recipe)

@@ -67,9 +67,10 @@ class ScoreRecipe(Config):
 
 def run(recipe: ScoreRecipe) -> Outcome:
     """Score the embedding parts that have no predictions yet, then drop predictions of rewritten parts."""
-    from engine.on_ray import machines_here, machines_of_cluster, ray_session, run_parts
+    from engine.on_ray import machines_of_cluster, ray_session, run_parts
     from engine.scoring import PartScorer, score_items
     from engine.tables import claim_table, sweep_predictions
+    from engine.this_machine import machines_here
 
     started, run_id = time.monotonic(), new_run_id("score")
     job, embeddings, predictions, pending = _look(recipe)

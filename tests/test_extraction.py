@@ -224,6 +224,33 @@ def test_a_part_travels_as_one_row_and_comes_back(shape: tuple[int, ...]) -> Non
     assert (damaged.header.damage, damaged.array, damaged.samples) == ("cut", None, None)
 
 
+def test_what_travels_in_a_row_is_looked_at_where_it_lies() -> None:
+    array = np.zeros((3, 2, 2, 3), np.uint8)
+    row = Part(PartHeader("a.tar", "v1", 7), array=array).to_row()
+    rows = pa.concat_tables([row, Part(PartHeader("a.tar", "v1", 8), array=array + 1).to_row()])
+    back = Part.from_row(row).array
+    assert back is not None and back.ctypes.data == array.ctypes.data and not back.flags.writeable
+    second = Part.from_row(rows.slice(1)).array  # as Ray cuts rows out of a block
+    assert second is not None and second.min() == second.max() == 1
+
+
+def test_memory_of_pixels_is_used_again_only_when_nobody_holds_a_part_of_it(job: ExtractJob) -> None:
+    shard = ShardWork(put_shard(job, shard_bytes(0, 10 * ROWS)))
+    held: list[pa.Buffer] = []
+    places = []
+    for number, row in enumerate(read_parts(job, [shard])):
+        array = Part.from_row(row).array
+        assert array is not None
+        places.append(array.ctypes.data)
+        if number == 0:
+            held.append(row["array"].chunks[0].buffers()[2])
+            wanted = array.copy()
+        del array, row
+    assert len(set(places[1:])) < 9, "each part has fresh memory"
+    assert places[0] not in places[1:], "memory in use is written over"
+    np.testing.assert_array_equal(np.frombuffer(held[0], np.uint8), wanted.reshape(-1))
+
+
 @pytest.mark.parametrize(
     ("side_px", "rows"), [(32, 1024), (96, 1024), (160, 832), (224, 384), (331, 192), (1000, 64)]
 )

@@ -116,7 +116,12 @@ def test_what_fits_is_not_refused() -> None:
         (Compute(gpus_per_actor=2), node(gpus=1), "GPUs: 2 = 1 actors x 2"),
         (
             Compute(actors=ActorRange(min=2, max=2), decode_tasks=3),
-            node(memory=7 * GB),
+            node(memory=6.5 * GB),
+            "memory: 7.00 GB = 2 actors x 2.00 GB \\+ 3 readers x 1.00 GB\n",
+        ),
+        (
+            Compute(actors=ActorRange(min=2, max=2), gpus_per_actor=1, decode_tasks=3),
+            node(memory=7 * GB, gpus=2),
             "memory: 7.50 GB = 2 actors x 2.00 GB \\+ 3 readers x 1.00 GB \\+ 2 writers x 0.25 GB",
         ),
         (

@@ -35,7 +35,7 @@ PARTS = -(-IMAGES // 64) * SHARDS
 NEW_CONTENT = 90_000  # number of the first crop of a replaced shard
 END_TIMEOUT_S = 240
 PATIENCE_S = 60
-VICTIMS = ("actor", "driver", "reader", "raylet", "writer")
+VICTIMS = ("actor", "driver", "reader", "raylet")  # beside GPUs there are writers: test_cluster_faults.py
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def test_whatever_is_killed_the_table_is_that_of_a_calm_run(
 ) -> None:
     draw = random.Random(number)
     victim, when = VICTIMS[number % len(VICTIMS)], draw.randrange(1, PARTS // 2)
-    two_drivers, replaced = number % 2 == 0, number % 3 == 2
+    two_drivers, replaced = number // len(VICTIMS) % 2 == 0, number % 3 == 2
 
     with drivers(1 + two_drivers, repository, scene.recipe) as running:
         if victim != "reader":  # small shards are read before the first part is written
@@ -103,7 +103,7 @@ def test_whatever_is_killed_the_table_is_that_of_a_calm_run(
         ends = [driver.process.communicate(timeout=END_TIMEOUT_S)[0] for driver in running]
         codes = [driver.process.returncode for driver in running]
     story = f"round {number}: {victim} killed, {replaced=}, exit codes {codes}\n"
-    if not replaced and victim in ("actor", "reader", "writer"):
+    if not replaced and victim in ("actor", "reader"):
         assert codes[0] == 0, story + ends[0]  # ridden out
     if not replaced and two_drivers:
         assert codes[1] == 0, story + ends[1]  # not its business

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from engine.verification import verify_table
 from tests.clusters import host_name, open_cluster, titles_on
 from tests.commands import Engine, rows_of, start, wait_for_parts
 from tests.flows.archives import crop_label, extract_recipe, shard_bytes, write_shards
+from tests.processes import kill_one, processes_below
 
 if TYPE_CHECKING:
     from ray._private.node import Node
@@ -126,7 +128,7 @@ def test_a_node_with_other_weights_is_named_and_adds_nothing_to_the_table(
         np.testing.assert_allclose(np.stack(list(found.values())), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_two_actors_share_the_one_gpu_and_nodes_without_gpus_read(
+def test_two_actors_share_the_one_gpu_nodes_without_gpus_read_and_a_killed_writer_is_ridden_out(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # Ray offers no GPU that is hidden; there need not be one
@@ -137,8 +139,12 @@ def test_two_actors_share_the_one_gpu_and_nodes_without_gpus_read(
             cluster, repository, tmp_path, "actors: 2, gpus_per_actor: 0.5, decode_tasks: 4"
         ) as process,
     ):
+        killing = ThreadPoolExecutor(1).submit(
+            kill_one, "writer", lambda: processes_below(os.getpid()), patience_s=END_TIMEOUT_S
+        )
         done_by_node = watch(cluster, process, tmp_path / "table")
         printed = process.communicate(timeout=END_TIMEOUT_S)[0]
+        assert killing.done() and killing.result(), "no writer was seen"
     assert process.returncode == 0, printed
     with_gpu, *others = (
         done

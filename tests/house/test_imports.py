@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime_choice", "extraction", "scoring"),
     ("resolve",),
     ("accounting", "cluster_head", "plan", "sizing", "verification"),
-    ("on_ray",),
+    ("on_ray", "this_machine"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Configs of one room that another room of the same floor may name: values only, no code of the room.
