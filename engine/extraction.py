@@ -386,23 +386,24 @@ class _PixelMemory:
     """
 
     def __init__(self, keep: int) -> None:
-        self._keep, self._free, self._lock = keep, list[mmap.mmap](), threading.Lock()
+        # No lock: memory comes back whenever Python frees an array, even while this thread is in `array`.
+        self._free = deque[mmap.mmap](maxlen=keep)
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         """uint8, of any content."""
-        size = max(1, math.prod(shape))
-        with self._lock:
-            fitting = [memory for memory in self._free if len(memory) == size]
-            if fitting:
-                self._free.remove(fitting[0])
-        memory = fitting[0] if fitting else mmap.mmap(-1, size)
+        count = math.prod(shape)
+        memory = self._taken()
+        if memory is None or len(memory) < count:
+            memory = mmap.mmap(-1, max(1, count))
         array = np.frombuffer(memory, np.uint8)
-        weakref.finalize(array, self._take_back, memory)
-        return array[: math.prod(shape)].reshape(shape)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array[:count].reshape(shape)
 
-    def _take_back(self, memory: mmap.mmap) -> None:
-        with self._lock:
-            self._free = [*self._free, memory][-self._keep :]
+    def _taken(self) -> mmap.mmap | None:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return None
 
 
 _PIXEL_MEMORY = _PixelMemory(keep=2)  # a part that is being filled and one that is being handed on
