@@ -35,18 +35,16 @@ def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys
     """
     machine = _numbers(meminfo)
     free = 1024 * machine.get("MemAvailable:", machine.get("MemFree:", 0))
-    limit, used, cached = next(
-        (
-            (_number(cgroup / limit_name), _number(cgroup / use_name), _numbers(cgroup / stat_name))
-            for limit_name, use_name, stat_name in _CGROUP_FILES
-            if (cgroup / limit_name).exists()
-        ),
-        (None, None, {}),
-    )
-    if limit is None or used is None:  # no container, or one without a limit
-        return free
-    used -= cached.get("total_inactive_file", cached.get("inactive_file", 0))
-    return max(0, min(free, limit - used))
+    for limit_name, use_name, stat_name in _CGROUP_FILES:
+        limit, used, kept = (
+            _number(cgroup / limit_name),
+            _number(cgroup / use_name),
+            _numbers(cgroup / stat_name),
+        )
+        if limit is not None and used is not None:
+            cached = kept.get("total_inactive_file", kept.get("inactive_file", 0))
+            free = min(free, limit - used + cached)
+    return max(0, free)
 
 
 _CGROUP_FILES = (

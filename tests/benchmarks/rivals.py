@@ -139,7 +139,7 @@ def tfdata_folded(options: argparse.Namespace) -> int:
 
 
 def _without_autotune(dataset: Any) -> Any:
-    """Its thread sleeps ever longer, up to a minute, and often the end of the data does not wake it: of four runs of
+    """Its thread sleeps ever longer, up to a minute, and often the end of the data does not wake it: of five runs of
     8,000 images three waited 32 s in the end for nothing (TensorFlow 2.21, 2026-11-22)."""
     import tensorflow as tf
 

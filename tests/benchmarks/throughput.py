@@ -45,10 +45,8 @@ RUNTIMES = {
     "openvino bfloat16": {"kind": "openvino", "precision": "bfloat16"},
 }
 HAND_WRITTEN = ("ray_documentation", "tfdata_predict", "tfdata_folded")
-SLOW = (
-    "ray_documentation",
-    "tfdata_predict",
-)  # they get a quarter of the images, or would take half of the time
+# They get a quarter of the images, or would take half of the time.
+SLOW = ("ray_documentation", "tfdata_predict")
 REFUSED = 2  # exit code of the engine, and of our own programs, for a runtime that is not there
 TIMEOUT_S = 1800
 SHOWN_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
