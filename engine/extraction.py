@@ -274,7 +274,9 @@ def _decode_pool(job: ExtractJob) -> ThreadPoolExecutor:
     def give_way() -> None:
         with contextlib.suppress(OSError):  # Linux takes it for this thread alone
             if not job.use_gpu and sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DECODE_NICENESS)
+                thread = threading.get_native_id()
+                niceness = os.getpriority(os.PRIO_PROCESS, thread) + DECODE_NICENESS
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)  # at most 19, says Linux
 
     return ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode", initializer=give_way)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
+import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from engine.extraction import (
     PartHeader,
     Receipt,
     Setup,
+    _decode_pool,
     _without_unusable,
     decode_part,
     default_rows_per_part,
@@ -257,6 +261,27 @@ def test_memory_of_pixels_is_used_again_only_when_nobody_holds_a_part_of_it(
     assert len(set(places[1:])) < 9 and len(fresh) <= 3, "each part has fresh memory"
     assert places[0] not in places[1:], "memory in use is written over"
     np.testing.assert_array_equal(np.frombuffer(held[0], np.uint8), wanted.reshape(-1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux only")
+@pytest.mark.parametrize(("own", "wanted"), [(0, 5), (10, 15), (15, 19)])
+def test_decoding_gives_way_to_the_network_however_nice_the_process_is(
+    job: ExtractJob, own: int, wanted: int
+) -> None:
+    found: list[int] = []
+
+    def reader() -> None:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, own + os.getpriority(os.PRIO_PROCESS, thread))
+        with _decode_pool(job) as pool:
+            found.append(
+                pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result()
+            )
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    thread.join()
+    assert found == [min(19, wanted + os.getpriority(os.PRIO_PROCESS, 0))]
 
 
 @pytest.mark.parametrize(
