@@ -1,7 +1,8 @@
 """What is settled once for a whole table, by one process: the network as a frozen graph, its fingerprint, its runtime.
 
-Everything that needs Keras and the weights happens here; actors get the graph. Shape letters: C canary images, D
-embedding width, N images, S side in pixels.
+Everything that needs Keras and the weights happens here; actors get the graph. What came out is kept on the node
+(`engine.resolution_cache`): the next table of the same network, or the next night, needs neither. Shape letters: C
+canary images, D embedding width, N images, S side in pixels.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ import resource
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from engine.backbones.kinds import BackboneConfig
+from engine import resolution_cache
+from engine.backbones.fingerprint import fingerprint, fingerprint_fields, tensor_digest
+from engine.backbones.kinds import BackboneConfig, build_backbone
 from engine.embedder import Embedder
 from engine.errors import CanaryMismatch, ShardDamaged, StorageError
 from engine.images import DECODE_VERSION, ImageRejected, decode_image
 from engine.recipes import Limits
 from engine.runtime_choice import Images, Trial, choose_runtime
 from engine.runtimes.base import FrozenGraph
-from engine.runtimes.kinds import ResolvedRuntime, RuntimeConfig, candidates, freeze_network
+from engine.runtimes.kinds import (
+    ResolvedRuntime,
+    RuntimeConfig,
+    candidates,
+    freeze_network,
+    prepare_to_freeze,
+)
 from engine.shards.base import Resume
 from engine.shards.kinds import SourceConfig, open_reader
 from engine.storage import ObjectInfo, StorageConfig, open_store
@@ -93,10 +102,29 @@ def resolve(network: Network, archive: Archive | None, record: Mapping[str, Any]
         RecipeError: no runtime that the recipe allows keeps the accuracy contract.
         CanaryMismatch: the record's table was made with another network.
     """
-    from engine.backbones.fingerprint import fingerprint, fingerprint_fields, tensor_digest
-    from engine.backbones.kinds import build_backbone
-    from engine.runtimes.kinds import prepare_to_freeze
+    names = _entry_names(network, archive)
+    kept = next(filter(None, (_kept(network, name) for name in names)), None)
+    if kept is not None and record is not None:
+        check_fields(record, kept.fingerprint_fields | {"precision": _precision(record)})
+    found = kept or _by_keras(network, archive, record)
+    if record is None and not found.canary:
+        embedder = Embedder(found.graph, found.runtime, network.num_threads, network.use_gpu)
+        canary = tuple(tuple(float(number) for number in row) for row in embedder.canary())
+        found = replace(found, canary=canary, peak_bytes=peak_resident_bytes())
+    if (
+        found is not kept and names and _entry_names(network, archive) == names
+    ):  # else: weights came meanwhile
+        _keep(names[0], found)
+    return found if record is None else replace(found, canary=tuple(map(tuple, record["canary"])))
 
+
+def _precision(record: Mapping[str, Any]) -> str:
+    precision: str = record["contract"]["fingerprint.precision"]
+    return precision
+
+
+def _by_keras(network: Network, archive: Archive | None, record: Mapping[str, Any] | None) -> Resolution:
+    """Without a canary."""
     has_gpu = prepare_to_freeze(network.num_threads, network.use_gpu)
     built = build_backbone(network.backbone, network.storage)
 
@@ -105,7 +133,7 @@ def resolve(network: Network, archive: Archive | None, record: Mapping[str, Any]
 
     digest = tensor_digest(built.network)
     if record is not None:
-        check_fields(record, fields_at(record["contract"]["fingerprint.precision"]))
+        check_fields(record, fields_at(_precision(record)))
     graph = freeze_network(built.network, built.scaling, built.input_size)
 
     def keras_embed(pixels_NSS3: np.ndarray) -> np.ndarray:
@@ -126,15 +154,61 @@ def resolve(network: Network, archive: Archive | None, record: Mapping[str, Any]
             network.num_threads,
             network.use_gpu,
         )
-    if record is not None:
-        canary = tuple(map(tuple, record["canary"]))
-    else:
-        embedder = Embedder(graph, runtime, network.num_threads, network.use_gpu)
-        canary = tuple(tuple(float(number) for number in row) for row in embedder.canary())
     fields = fields_at(runtime.precision)
+    return Resolution(graph, runtime, fingerprint(fields), fields, (), tuple(trials), peak_resident_bytes())
+
+
+# ---------------------------------------------------------------- what this node has resolved before
+
+
+def _entry_names(network: Network, archive: Archive | None) -> list[str]:
+    """Names of entries that would do, the one to save under first; none where something is to be measured or judged
+    that differs from archive to archive, or that only a GPU can answer."""
+    if network.use_gpu:
+        return []
+    options = candidates(network.runtime, has_gpu=False)
+    if len(options) > 1 or (archive is not None and options[0].precision != "float32"):
+        return []
+    is_trusted = options[0].kind == "tensorflow"  # as `choose_runtime` says
+    judged = (True,) if archive is not None and not is_trusted else (False, True)
+    runtime = options[0].model_dump(mode="json")
+    return [
+        resolution_cache.entry_name(
+            network.backbone,
+            network.storage,
+            {"runtime": runtime, "threads": network.num_threads, "judged": was_judged},
+        )
+        for was_judged in judged
+    ]
+
+
+def _kept(network: Network, name: str) -> Resolution | None:
+    entry = resolution_cache.load(name)
+    if entry is None:
+        return None
+    facts, graph = entry
+    fields = facts["fingerprint_fields"]
     return Resolution(
-        graph, runtime, fingerprint(fields), fields, canary, tuple(trials), peak_resident_bytes()
+        graph=FrozenGraph(graph, facts["input_size"], facts["width"]),
+        runtime=candidates(network.runtime, has_gpu=False)[0],
+        fingerprint=fingerprint(fields),
+        fingerprint_fields=fields,
+        canary=tuple(map(tuple, facts["canary"])),
+        trials=tuple(Trial(**trial) for trial in facts["trials"]),
+        peak_bytes=facts["peak_bytes"],
     )
+
+
+def _keep(name: str, found: Resolution) -> None:
+    facts = {
+        "input_size": found.graph.input_size,
+        "width": found.graph.width,
+        "fingerprint_fields": found.fingerprint_fields,
+        "canary": found.canary,
+        "trials": [trial.to_json() for trial in found.trials],
+        "peak_bytes": found.peak_bytes,
+    }
+    resolution_cache.save(name, facts, found.graph.graph_def)
 
 
 def check_fields(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:

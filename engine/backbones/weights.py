@@ -19,7 +19,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -49,6 +49,18 @@ def fetch_weights(uri: str, sha256: str | None, storage: StorageConfig) -> Path:
         WeightsError: no such object, or its digest is another.
         StorageError: the store cannot be read.
     """
+    store, info = _object_at(uri, storage)
+    key = hashlib.sha256(f"{store.uri}/{info.path}\n{info.identity}".encode()).hexdigest()[:32]
+    cached = cache_folder() / f"{key}-{info.path}"
+    with locked(key):
+        if not cached.is_file() or cached.stat().st_size != info.size:
+            _download(store, info, cached)
+        if sha256 is not None:
+            _check_digest(cached, sha256, uri)
+    return cached
+
+
+def _object_at(uri: str, storage: StorageConfig) -> tuple[Store, ObjectInfo]:
     folder, slash, name = uri.rpartition("/")
     if not name:
         raise RecipeError(f"backbone.weights: {uri} names a folder", wanted="the URI of one file")
@@ -56,17 +68,29 @@ def fetch_weights(uri: str, sha256: str | None, storage: StorageConfig) -> Path:
         name = unquote(name)  # as open_store does with the folder
     store = open_store(folder + slash or ".", storage)
     try:
-        info = store.info(name)
+        return store, store.info(name)
     except ObjectNotFound as error:
         raise WeightsError(f"backbone.weights: nothing at {uri}", found=str(error.thing)) from None
-    key = hashlib.sha256(f"{store.uri}/{name}\n{info.identity}".encode()).hexdigest()[:32]
-    cached = cache_folder() / f"{key}-{name}"
-    with locked(key):
-        if not cached.is_file() or cached.stat().st_size != info.size:
-            _download(store, info, cached)
-        if sha256 is not None:
-            _check_digest(cached, sha256, uri)
-    return cached
+
+
+def weights_identity(config: NetworkConfig, storage: StorageConfig) -> list[str]:
+    """Texts that change when what `weights` means has changed, found without reading the weights.
+
+    Raises:
+        RecipeError, WeightsError, StorageError: as `fetch_weights`.
+    """
+    if config.weights_are_a_file:
+        store, info = _object_at(config.weights, storage)
+        return [store.uri, info.path, info.identity]
+    if config.weights != "imagenet":
+        return []  # `random` and `package` are the same everywhere, or refused
+    # Where Keras keeps them, or does if it cannot write there: keras/src/utils/file_utils.py, get_file.
+    homes = (os.environ.get("KERAS_HOME") or "~/.keras", "/tmp/.keras")
+    texts: list[str] = []
+    for file in sorted(file for home in homes for file in (Path(home).expanduser() / "models").glob("*")):
+        with suppress(FileNotFoundError):  # another process has just given it its name
+            texts.append(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    return texts
 
 
 def load_weights(network: Any, path: Path, origin: str) -> None:
@@ -157,10 +181,7 @@ def locked(name: str) -> Iterator[None]:
 
 def cache_folder() -> Path:
     """The node's weights cache, made if it is not there."""
-    user_caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = (
-        Path(os.environ.get("ENGINE_CACHE_DIR") or Path(user_caches) / "image-feature-engine") / "weights"
-    )
+    folder = node_cache() / "weights"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,6 +191,12 @@ def cache_folder() -> Path:
             way_out="set ENGINE_CACHE_DIR to a folder that can be written",
         ) from None
     return folder
+
+
+def node_cache() -> Path:
+    """What this engine keeps on a node between runs; may not be there yet."""
+    user_caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ENGINE_CACHE_DIR") or Path(user_caches) / "image-feature-engine")
 
 
 def _download(store: Store, info: ObjectInfo, target: Path) -> None:

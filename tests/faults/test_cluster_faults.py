@@ -103,7 +103,7 @@ def test_a_node_with_other_weights_is_named_and_adds_nothing_to_the_table(
 
         first = engine_process(*extract("table", cpus_per_actor=2))
         assert first.code == 0, first.stderr
-        shutil.copytree(good, bad)
+        shutil.copytree(good / "weights", bad / "weights")
         change_weights(bad)
         with host_name("odd-one"):
             odd = cluster.add_node(num_cpus=5, env_vars={"ENGINE_CACHE_DIR": str(bad)})

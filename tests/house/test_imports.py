@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("parts", "storage", "beside"),
     ("recipes", "worklist", "tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
     ("embedder", "training", "predictor"),
-    ("runtime_choice", "extraction", "scoring"),
+    ("runtime_choice", "resolution_cache", "extraction", "scoring"),
     ("resolve",),
     ("accounting", "cluster_head", "plan", "sizing", "verification"),
     ("on_ray", "this_machine"),
