@@ -23,7 +23,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +98,7 @@ class TrainedHead:
     network: keras.Model  # (B, D) float32 to (B, K) logits
     classes: tuple[str, ...]  # K names, sorted by code point
     task: Literal["single_label"]
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,7 @@ def publish_bundle(
         fingerprint=table_record["fingerprint"],
         width=table_record["width"],
         head=head.config,
+        calibration=head.calibration,
         tensors_sha256=_tensors_sha256(head.network),
         files=files,
         versions=_versions(),
@@ -248,13 +250,13 @@ def check_fingerprint(bundle: Bundle, table_record: Mapping[str, Any]) -> None:
     Raises:
         ContractMismatch: the table's fingerprint or width is not the bundle's.
     """
-    for field in ("fingerprint", "width"):
-        found, wanted = table_record[field], getattr(bundle.manifest, field)
+    for name in ("fingerprint", "width"):
+        found, wanted = table_record[name], getattr(bundle.manifest, name)
         if found != wanted:
             raise ContractMismatch(
-                f"bundle {bundle.store.uri}: fitted on embeddings with another {field}",
-                found=f"the table has {field} {found}",
-                wanted=f"the bundle has {field} {wanted}",
+                f"bundle {bundle.store.uri}: fitted on embeddings with another {name}",
+                found=f"the table has {name} {found}",
+                wanted=f"the bundle has {name} {wanted}",
                 way_out="score the table that the bundle was fitted on, or fit a head on this one",
             )
 

@@ -16,19 +16,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine.errors import TableDamaged
-from engine.heads.bundle import TrainedHead, publish_bundle
+from engine.heads.bundle import Calibration, TrainedHead, publish_bundle
 from engine.heads.kinds import build_head
 from engine.heads.network import compile_logits
 from engine.storage import StorageConfig, Store
 from engine.strategies.kinds import open_strategy
+from engine.training.judgement import JUDGED, JudgedRows, judge
 from engine.training.kinds import SPLIT_NAMES, FitSettings
 from engine.training.labels import Classes, LabelledRows, encode_classes, join_labels
 from engine.training.loop import Report, TrainingResult, TrainingRows, train_network
-from engine.training.metrics import evaluate
 from engine.training.split import assign_splits
 
 log = logging.getLogger(__name__)
-SUMMARY_METRICS = ("accuracy", "top_3_accuracy", "loss")
+SUMMARY_METRICS = ("accuracy", "top_3_accuracy", "loss", "calibration_error")
 
 
 class FitSummary(TypedDict):
@@ -87,16 +87,29 @@ def fit_head(
     training = train_network(network, strategy, rows, settings.optimizer, settings.training, report)
 
     logits = compile_logits(network)
-    judged = {
-        name: evaluate(logits(embeddings_ND[rows_of[name]]), classes.numbers_N[rows_of[name]], classes.names)
-        for name in ("validation", "test")
+    shards = table["shard"].take(labelled.positions_N).to_pylist()
+    splits = {
+        name: JudgedRows(
+            logits(embeddings_ND[rows_of[name]]),
+            classes.numbers_N[rows_of[name]],
+            [labelled.keys[row] for row in rows_of[name]],
+            [shards[row] for row in rows_of[name]],
+        )
+        for name in JUDGED
     }
+    judgement = judge(splits, classes.names, settings.calibration)
     bundle = publish_bundle(
         bundle_store,
-        TrainedHead(settings.head, network, classes.names, settings.task),
+        TrainedHead(
+            settings.head,
+            network,
+            classes.names,
+            settings.task,
+            Calibration(temperature=judgement.temperature),
+        ),
         table_record=record,
         metrics={
-            **judged,
+            **judgement.metrics,
             **_circumstances(labelled, classes, rows_of, training, strategy.num_replicas_in_sync),
         },
         recipe=settings.model_dump(mode="json"),
@@ -106,8 +119,8 @@ def fit_head(
         rows=sum(len(rows) for rows in rows_of.values()),
         classes=len(classes.names),
         metrics={
-            name: figures and {word: figures[word] for word in SUMMARY_METRICS}
-            for name, figures in judged.items()
+            name: (figures := judgement.metrics[name]) and {word: figures[word] for word in SUMMARY_METRICS}
+            for name in JUDGED
         },
         epochs=len(training.history),
         seconds=round(time.perf_counter() - started, 3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -86,6 +86,16 @@ class TrainingConfig(Config):
     """Of the initial weights and of the order of the rows in each epoch."""
 
 
+class CalibrationConfig(Config):
+    """How logits become probabilities that hold what they promise; without validation rows they stay as trained."""
+
+    kind: Literal["temperature", "none"] = "temperature"
+    """`temperature`: all logits are divided by one number, for which the validation rows have the lowest cross-entropy;
+    answers stay the same, confidences become honest. `none`: as trained."""
+    precisions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
+    """Shares of right answers for which the report suggests a `min_confidence`."""
+
+
 class FitSettings(Config):
     """Everything of a fit but where it reads and writes. A run on one device repeats exactly for equal settings."""
 
@@ -101,6 +111,8 @@ class FitSettings(Config):
     """How weights follow gradients."""
     training: TrainingConfig = TrainingConfig()
     """How long and in what portions."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """How confidences are made honest."""
     strategy: StrategyConfig = Mirrored()
     """How the work is laid on devices."""
 

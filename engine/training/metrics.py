@@ -1,7 +1,7 @@
 """How well logits match classes, in NumPy; the numbers equal scikit-learn's. Not for: deciding anything with them.
 
-scikit-learn is a test dependency only: tests/numerics/ compares with its classification_report,
-confusion_matrix, top_k_accuracy_score and log_loss. Shape letters: N rows, K classes.
+scikit-learn is a test dependency only: tests/numerics/ compares with its classification_report, confusion_matrix,
+top_k_accuracy_score, log_loss and roc_auc_score. Shape letters: N rows, K classes.
 """
 
 from __future__ import annotations
@@ -15,25 +15,38 @@ from numpy.typing import NDArray
 Logits = NDArray[np.floating[Any]]
 ClassNumbers = NDArray[np.int64]
 TOP_K = 3  # of the `top_3_accuracy` that summaries show
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al., On Calibration of Modern Neural Networks (2017)
+COVERAGE_STEPS = 20  # points of the coverage-accuracy curve
 
 
 def evaluate(logits_NK: Logits, classes_N: ClassNumbers, class_names: Sequence[str]) -> dict[str, Any] | None:
     """All figures of one split, ready for JSON; None where the split has no rows.
 
     Returns:
-        rows, accuracy, top_3_accuracy, loss (mean cross-entropy in nats), per_class (label, precision, recall,
-        f1, support), macro_average, weighted_average, and confusion_matrix (row: true class, column: answer).
+        rows, accuracy, top_3_accuracy, loss (mean cross-entropy in nats), roc_auc (mean over the classes that have it),
+        calibration_error, reliability, coverage, per_class (label, precision, recall, f1, support, roc_auc),
+        macro_average, weighted_average, and confusion_matrix (row: true class, column: answer).
     """
     if len(classes_N) == 0:
         return None
+    probabilities_NK = softmax(logits_NK)
+    confidences_N = probabilities_NK.max(axis=1)
+    is_right_N = logits_NK.argmax(axis=1) == classes_N
+    areas_K = roc_auc(probabilities_NK, classes_N)
+    reliability = reliability_bins(confidences_N, is_right_N)
     confusion_KK = confusion_matrix(classes_N, logits_NK.argmax(axis=1), len(class_names))
     per_class, macro, weighted = class_report(confusion_KK, class_names)
+    known = [area for area in areas_K if area is not None]
     return {
         "rows": len(classes_N),
         "accuracy": accuracy(logits_NK, classes_N),
         "top_3_accuracy": top_k_accuracy(logits_NK, classes_N, TOP_K),
         "loss": cross_entropy(logits_NK, classes_N),
-        "per_class": per_class,
+        "roc_auc": float(np.mean(known)) if known else None,
+        "calibration_error": calibration_error(reliability),
+        "reliability": reliability,
+        "coverage": coverage_curve(confidences_N, is_right_N),
+        "per_class": [row | {"roc_auc": area} for row, area in zip(per_class, areas_K, strict=True)],
         "macro_average": macro,
         "weighted_average": weighted,
         "confusion_matrix": confusion_KK.tolist(),
@@ -96,3 +109,78 @@ def class_report(
 
 def _ratio(numerator_K: NDArray[np.int64], denominator_K: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.divide(numerator_K, denominator_K, out=np.zeros(len(numerator_K)), where=denominator_K > 0)
+
+
+def softmax(logits_NK: Logits) -> NDArray[np.float64]:
+    """Probabilities in float64, (N, K)."""
+    raised_NK = np.exp(logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True))
+    probabilities_NK: NDArray[np.float64] = raised_NK / raised_NK.sum(axis=1, keepdims=True)
+    return probabilities_NK
+
+
+def roc_auc(scores_NK: Logits, classes_N: ClassNumbers) -> list[float | None]:
+    """Area under the ROC curve of each class against all others; None for a class that no row or every row has.
+
+    The share of pairs (a row of the class, a row of another) that the score puts in the right order, ties counting half
+    (Hanley and McNeil, 1982).
+    """
+    areas: list[float | None] = []
+    for number in range(scores_NK.shape[1]):
+        is_own_N = classes_N == number
+        own = int(is_own_N.sum())
+        if own in (0, len(classes_N)):
+            areas.append(None)
+            continue
+        _, places_N, counts = np.unique(scores_NK[:, number], return_inverse=True, return_counts=True)
+        ranks_N = (np.cumsum(counts) - (counts - 1) / 2)[places_N]
+        pairs = own * (len(classes_N) - own)
+        areas.append(float((ranks_N[is_own_N].sum() - own * (own + 1) / 2) / pairs))
+    return areas
+
+
+def reliability_bins(confidences_N: Logits, is_right_N: NDArray[np.bool_]) -> list[dict[str, float]]:
+    """What confidences promise and what answers keep: one entry per bin that has rows, from low to high.
+
+    Returns:
+        For each: above, up_to (borders of confidence), rows, confidence (mean), accuracy.
+    """
+    bins_N = np.clip(np.ceil(confidences_N * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    return [
+        {
+            "above": number / CALIBRATION_BINS,
+            "up_to": (number + 1) / CALIBRATION_BINS,
+            "rows": int(inside.sum()),
+            "confidence": float(confidences_N[inside].mean()),
+            "accuracy": float(is_right_N[inside].mean()),
+        }
+        for number in range(CALIBRATION_BINS)
+        if (inside := bins_N == number).any()
+    ]
+
+
+def calibration_error(reliability: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error: the mean gap between confidence and accuracy over the bins, by their rows."""
+    gaps = [row["rows"] * abs(row["confidence"] - row["accuracy"]) for row in reliability]
+    return float(sum(gaps) / sum(row["rows"] for row in reliability))
+
+
+def coverage_curve(confidences_N: Logits, is_right_N: NDArray[np.bool_]) -> list[dict[str, float]]:
+    """How accurate the most confident answers are, from a few of them to all; rows of equal confidence stay together.
+
+    Returns:
+        For each point: coverage (share of rows), accuracy of those, min_confidence (the lowest among them).
+    """
+    order = np.argsort(-confidences_N, kind="stable")
+    sorted_N, right_N = confidences_N[order], np.cumsum(is_right_N[order])
+    points: list[dict[str, float]] = []
+    for step in range(1, COVERAGE_STEPS + 1):
+        lowest = sorted_N[-(-len(order) * step // COVERAGE_STEPS) - 1]
+        count = int(np.searchsorted(-sorted_N, -lowest, side="right"))
+        point = {
+            "coverage": count / len(order),
+            "accuracy": float(right_N[count - 1] / count),
+            "min_confidence": float(lowest),
+        }
+        if not points or points[-1] != point:
+            points.append(point)
+    return points

@@ -76,7 +76,12 @@ def test_extract_fit_score_and_read_back(
     fitted = engine_process(recipes.fit, "--json", script="jobs/fit.py")
     assert fitted.code == 0, fitted.stderr
     assert (fitted.summary["rows"], fitted.summary["classes"]) == (SHARDS * IMAGES, 2)
-    assert set(fitted.summary["metrics"]["test"]) == {"accuracy", "top_3_accuracy", "loss"}
+    assert set(fitted.summary["metrics"]["test"]) == {
+        "accuracy",
+        "top_3_accuracy",
+        "loss",
+        "calibration_error",
+    }
     scored = engine_process("score", recipes.score, "--json")
     assert scored.code == 0, scored.stderr
     assert scored.summary["rows"] == sum(scored.summary["label_counts"].values()) == SHARDS * IMAGES

@@ -12,12 +12,13 @@ from sklearn.metrics import (
     classification_report,
     confusion_matrix,
     log_loss,
+    roc_auc_score,
     top_k_accuracy_score,
 )
 from sklearn.utils.class_weight import compute_class_weight
 
 from engine.training.loop import row_weights
-from engine.training.metrics import evaluate, top_k_accuracy
+from engine.training.metrics import evaluate, roc_auc, top_k_accuracy
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 Case = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -64,6 +65,24 @@ def test_every_figure_equals_scikit_learn(case: object, num_classes: int) -> Non
     probabilities_NK = np.exp(logits_NK.astype(np.float64))
     probabilities_NK /= probabilities_NK.sum(axis=1, keepdims=True)
     assert ours["loss"] == pytest.approx(log_loss(classes_N, probabilities_NK, labels=labels), rel=1e-7)
+
+
+@pytest.mark.parametrize(("case", "num_classes"), [(unbalanced_case, 7), (two_class_case, 2)])
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_areas_under_the_roc_curve_equal_scikit_learn(case: object, num_classes: int, has_ties: bool) -> None:
+    logits_NK, classes_N = case()  # type: ignore[operator]
+    scores_NK = np.round(logits_NK) if has_ties else logits_NK
+    areas = roc_auc(scores_NK, classes_N)
+    for number, area in enumerate(areas):
+        is_own_N = classes_N == number
+        if is_own_N.any():
+            assert area == pytest.approx(roc_auc_score(is_own_N, scores_NK[:, number]), abs=1e-12)
+        else:
+            assert area is None
+    report = evaluate(logits_NK, classes_N, NAMES[:num_classes])
+    assert report is not None
+    own = [row["roc_auc"] for row in report["per_class"] if row["roc_auc"] is not None]
+    assert report["roc_auc"] == pytest.approx(np.mean(own))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6, 7])

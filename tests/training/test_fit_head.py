@@ -19,6 +19,7 @@ from engine.schema import embeddings_schema
 from engine.storage import StorageConfig, open_store
 from engine.training.fit import FitSummary, fit_head, labelled_embeddings
 from engine.training.kinds import FitSettings
+from engine.training.metrics import calibration_error, reliability_bins
 from engine.training.split import hash_fraction
 
 WIDTH = 7
@@ -85,7 +86,7 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
     )
     assert claimed["accuracy"] > 0.85
     assert summary["metrics"]["test"] == {
-        name: claimed[name] for name in ("accuracy", "top_3_accuracy", "loss")
+        name: claimed[name] for name in ("accuracy", "top_3_accuracy", "loss", "calibration_error")
     }
 
     history = metrics["training"]["history"]
@@ -99,6 +100,38 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
         "classes_without_training_rows": {},
     }
     assert sum(sum(split["rows_per_class"].values()) for split in metrics["split"].values()) == 211
+
+
+def test_a_bundle_answers_with_the_confidences_and_thresholds_that_its_metrics_promise(
+    tmp_path: Path,
+) -> None:
+    table = made_table(num_rows=900)
+    _, metrics = fit(table, tmp_path / "honest", training={"epochs": 60, "batch_size": 32, "patience": 60})
+    bundle = open_bundle(open_store(str(tmp_path / "honest")))
+    assert bundle.manifest.calibration.temperature == metrics["calibration"]["temperature"] != 1.0
+    in_test = pa.array([hash_fraction(0, key) >= 0.9 for key in table["key"].to_pylist()])
+    rows = table.filter(in_test)
+    suggestion = metrics["calibration"]["suggested_min_confidence"][0]
+    predicted = Predictor(bundle, 3, suggestion["min_confidence"]).predict_table(rows)
+    confidences_N = predicted["confidence"].to_numpy().astype(np.float64)
+    best = [labels[0] for labels in predicted["top_labels"].to_pylist()]
+    is_right_N = np.array([a == b for a, b in zip(best, rows["label"].to_pylist(), strict=True)])
+    error = calibration_error(reliability_bins(confidences_N, is_right_N))
+    assert error == pytest.approx(metrics["test"]["calibration_error"], abs=1e-6)
+    answered_N = np.array([label is not None for label in predicted["label"].to_pylist()])
+    assert suggestion["test"] == {
+        "precision": pytest.approx(is_right_N[answered_N].mean()),
+        "coverage": pytest.approx(answered_N.mean()),
+    }
+    _, as_trained = fit(
+        table,
+        tmp_path / "as-trained",
+        training={"epochs": 60, "batch_size": 32, "patience": 60},
+        calibration={"kind": "none"},
+    )
+    assert open_bundle(open_store(str(tmp_path / "as-trained"))).manifest.calibration.temperature == 1.0
+    assert as_trained["validation"]["loss"] > metrics["validation"]["loss"]
+    assert as_trained["test"]["accuracy"] == metrics["test"]["accuracy"]
 
 
 def test_mirrored_is_the_default_and_gives_the_same_figures(tmp_path: Path) -> None:

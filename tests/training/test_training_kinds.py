@@ -25,6 +25,7 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
         "head": {"kind": "linear"},
         "optimizer": {"kind": "adam", "learning_rate": 0.001, "weight_decay": 0.0},
         "training": {"epochs": 100, "batch_size": 256, "patience": 3, "class_weights": "none", "seed": 0},
+        "calibration": {"kind": "temperature", "precisions": (0.9, 0.95, 0.99)},
         "strategy": {"kind": "mirrored", "workers": 1, "devices_per_worker": None},
     }
 

@@ -1,0 +1,166 @@
+"""Confidences hold what they promise, and thresholds are the best there are."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+from engine.training.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperature, threshold_for
+from engine.training.judgement import JudgedRows, judge
+from engine.training.kinds import CalibrationConfig
+from engine.training.metrics import (
+    calibration_error,
+    coverage_curve,
+    cross_entropy,
+    reliability_bins,
+    softmax,
+)
+
+Case = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def overconfident(rows: int, too_hot: float, seed: int = 0, num_classes: int = 8) -> Case:
+    """Logits `too_hot` times those by which the classes were drawn."""
+    rng = np.random.default_rng(seed)
+    honest_NK = 2 * rng.normal(size=(rows, num_classes))
+    drawn_N = (softmax(honest_NK).cumsum(axis=1) > rng.random((rows, 1))).argmax(axis=1)
+    return (too_hot * honest_NK).astype(np.float32), drawn_N
+
+
+@pytest.mark.parametrize("too_hot", [0.3, 1.0, 4.0])
+def test_the_temperature_is_the_one_of_lowest_loss_and_makes_confidences_honest(too_hot: float) -> None:
+    logits_NK, classes_N = overconfident(20_000, too_hot)
+    found = fit_temperature(logits_NK, classes_N)
+    reference = minimize_scalar(
+        lambda inverse: cross_entropy(inverse * logits_NK, classes_N), bounds=(0.05, 20), method="bounded"
+    )
+    assert found == pytest.approx(1 / reference.x, rel=1e-3)
+    assert cross_entropy(logits_NK / found, classes_N) <= reference.fun + 1e-9
+    assert found == pytest.approx(too_hot, rel=0.05)
+    fresh_NK, fresh_classes_N = overconfident(20_000, too_hot, seed=1)
+    confidences_N = softmax(fresh_NK / found).max(axis=1)
+    is_right_N = fresh_NK.argmax(axis=1) == fresh_classes_N
+    assert calibration_error(reliability_bins(confidences_N, is_right_N)) < 0.02
+
+
+def test_where_nothing_can_be_learned_the_temperature_stays_within_bounds() -> None:
+    always_right = 3 * np.eye(4, dtype=np.float32)
+    assert fit_temperature(always_right, np.arange(4)) == pytest.approx(MIN_TEMPERATURE, rel=1e-3)
+    always_wrong = fit_temperature(-always_right, np.arange(4))
+    assert always_wrong == pytest.approx(MAX_TEMPERATURE, rel=1e-3)
+    assert fit_temperature(np.zeros((3, 2), np.float32), np.array([0, 1, 1])) > 0
+    assert fit_temperature(np.empty((0, 5), np.float32), np.empty(0, np.int64)) == 1.0
+    assert np.isfinite(
+        fit_temperature(np.array([[3e38, -3e38], [3e38, -3e38]], np.float32), np.array([0, 1]))
+    )
+
+
+def best_by_trying_all(
+    precision: float, confidences_N: NDArray[np.float64], right_N: NDArray[np.bool_]
+) -> float:
+    given = [confidences_N >= value for value in np.unique(confidences_N)]
+    return max((float(rows.mean()) for rows in given if right_N[rows].mean() >= precision), default=0.0)
+
+
+@pytest.mark.parametrize("precision", [0.5, 0.8, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_threshold_answers_as_many_rows_as_any_of_its_precision(precision: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    confidences_N = rng.integers(1, 40, 200) / 40  # many ties
+    right_N = rng.random(200) < confidences_N
+    found = threshold_for(precision, confidences_N, right_N)
+    assert found.coverage == best_by_trying_all(precision, confidences_N, right_N)
+    if found.min_confidence is None:
+        assert found.coverage == 0
+        return
+    given = confidences_N >= found.min_confidence
+    assert given.mean() == found.coverage and right_N[given].mean() >= precision
+    assert not np.isclose(confidences_N, found.min_confidence).any(), "a last bit would decide"
+
+
+def test_thresholds_at_the_ends() -> None:
+    confidences_N = np.array([0.9, 0.8, 0.7])
+    everything = threshold_for(0.9, confidences_N, np.array([True, True, True]))
+    assert (everything.min_confidence, everything.coverage) == (0.0, 1.0)
+    nothing = threshold_for(0.9, confidences_N, np.array([False, True, True]))
+    assert (nothing.min_confidence, nothing.coverage) == (None, 0.0)
+    assert threshold_for(0.9, np.empty(0), np.empty(0, bool)).min_confidence is None
+
+
+def test_the_calibration_error_is_the_mean_gap_by_rows() -> None:
+    confidences_N = np.array([0.5, 0.52, 0.95, 1.0])
+    is_right_N = np.array([True, False, True, True])
+    bins = reliability_bins(confidences_N, is_right_N)
+    assert [row["rows"] for row in bins] == [2, 2]
+    assert bins[1] == {"above": 14 / 15, "up_to": 1.0, "rows": 2, "confidence": 0.975, "accuracy": 1.0}
+    assert calibration_error(bins) == pytest.approx((2 * abs(0.51 - 0.5) + 2 * 0.025) / 4)
+
+
+def test_the_coverage_curve_ends_with_all_rows_and_keeps_ties_together() -> None:
+    confidences_N = np.array([0.9] * 30 + [0.6] * 70)
+    is_right_N = np.array([True] * 30 + [False] * 70)
+    assert coverage_curve(confidences_N, is_right_N) == [
+        {"coverage": 0.3, "accuracy": 1.0, "min_confidence": 0.9},
+        {"coverage": 1.0, "accuracy": 0.3, "min_confidence": 0.6},
+    ]
+    logits_NK, classes_N = overconfident(5_000, 1.0)
+    curve = coverage_curve(softmax(logits_NK).max(axis=1), logits_NK.argmax(axis=1) == classes_N)
+    assert len(curve) == 20 and curve[-1]["coverage"] == 1.0
+    accuracies = [point["accuracy"] for point in curve]
+    assert all(later <= earlier + 0.02 for earlier, later in pairwise(accuracies))
+
+
+def judged(rows: Case, name: str) -> JudgedRows:
+    logits_NK, classes_N = rows
+    return JudgedRows(
+        logits_NK, classes_N, [f"{name}{row}" for row in range(len(classes_N))], ["a.tar"] * len(classes_N)
+    )
+
+
+NAMES = tuple("abcdefgh")
+
+
+def test_a_judgement_calibrates_on_validation_and_is_honest_about_test() -> None:
+    splits = {
+        "validation": judged(overconfident(4_000, 5.0), "v"),
+        "test": judged(overconfident(4_000, 5.0, 1), "t"),
+    }
+    found = judge(splits, NAMES, CalibrationConfig(precisions=(0.8, 1.0)))
+    assert found.temperature == pytest.approx(5, rel=0.1)
+    before = found.metrics["calibration"]["calibration_error_before"]
+    for name in ("validation", "test"):
+        assert found.metrics[name]["calibration_error"] < 0.03
+        assert before[name] > 0.2
+    wished, impossible = found.metrics["calibration"]["suggested_min_confidence"]
+    assert wished["test"]["precision"] == pytest.approx(0.8, abs=0.03)
+    assert wished["test"]["coverage"] == pytest.approx(wished["coverage"], abs=0.03)
+    assert impossible["coverage"] < wished["coverage"]
+    mistakes = found.metrics["most_confident_mistakes"]
+    assert len(mistakes) == 20
+    assert [row["confidence"] for row in mistakes] == sorted(
+        (row["confidence"] for row in mistakes), reverse=True
+    )
+    assert {row["split"] for row in mistakes} == {"validation", "test"}
+    for row in mistakes:
+        rows = splits[row["split"]]
+        place = list(rows.keys).index(row["key"])
+        assert row["label"] == NAMES[rows.classes_N[place]] != row["answer"]
+        assert row["answer"] == NAMES[rows.logits_NK[place].argmax()]
+
+
+def test_without_calibration_or_without_rows_logits_stay_as_they_are() -> None:
+    nothing = judged((np.empty((0, 8), np.float32), np.empty(0, np.int64)), "n")
+    some = judged(overconfident(100, 5.0), "s")
+    assert judge({"validation": some, "test": some}, NAMES, CalibrationConfig(kind="none")).temperature == 1.0
+    found = judge({"validation": nothing, "test": some}, NAMES, CalibrationConfig())
+    assert found.temperature == 1.0
+    assert found.metrics["calibration"]["suggested_min_confidence"] == []
+    assert found.metrics["validation"] is None
+    neither = judge({"validation": nothing, "test": nothing}, NAMES, CalibrationConfig())
+    assert neither.metrics["most_confident_mistakes"] == []
+    without_test = judge({"validation": some, "test": nothing}, NAMES, CalibrationConfig(precisions=(0.5,)))
+    assert without_test.metrics["calibration"]["suggested_min_confidence"][0]["test"] is None
