@@ -1,14 +1,17 @@
 """A plain function in a process of its own, beside this one; whoever needs its answer waits for a file.
 
-For work that should begin before anything else has started. The process ends with this one's `with` block.
+For work that should begin before anything else has started. The process ends with this one's `with` block. Folders of
+processes that were killed inside it are cleared away by the next: their lock is free.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,8 @@ from typing import Any
 from engine.errors import ClusterError, EngineError
 
 _POLL_S = 0.02
+_PREFIX = "engine-beside-"
+_SURELY_LOCKED_S = 60.0  # after that a folder's maker has its lock, or is gone
 _ROUTINE = re.compile(
     r"I\d{4} |\d{4}-\d\d-\d\d [\d:.]+: I |WARNING: All log messages before absl"
     r"|To enable the following instructions"
@@ -53,7 +58,9 @@ class FileAnswer:
 @contextlib.contextmanager
 def beside(function: Callable[..., Any], *arguments: Any) -> Iterator[FileAnswer]:
     """Run a function of a module, with arguments that can be pickled; inside the block it is under way."""
-    with tempfile.TemporaryDirectory(prefix="engine-beside-") as scratch:
+    _clear_away_abandoned()
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as scratch, (Path(scratch) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with this process, however that ends
         folder = Path(scratch)
         answer = FileAnswer(folder / "answer")
         (folder / "call").write_bytes(pickle.dumps((function, arguments)))
@@ -73,6 +80,17 @@ def beside(function: Callable[..., Any], *arguments: Any) -> Iterator[FileAnswer
         finally:
             process.kill()
             watch.join()
+
+
+def _clear_away_abandoned() -> None:
+    """Folders whose maker is gone, which a SIGKILL left: up to a frozen network's size each."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or another process is at it
+            if time.time() - folder.stat().st_mtime < _SURELY_LOCKED_S:
+                continue
+            with (folder / "lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 def _tell_of_its_end(process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,3 +82,36 @@ def test_the_process_ends_with_the_block(tmp_path: Path) -> None:
     assert not answer.path.parent.exists()
     with pytest.raises(ClusterError, match="is over"):  # whoever still waits does not wait for ever
         answer.get()
+
+
+IN_A_DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from engine.beside import beside
+from tests.test_beside import asleep
+with beside(asleep, sys.argv[1]):
+    while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_driver_left_is_cleared_away_and_what_is_in_use_stays(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    note = tmp_path / "note"
+    driver = subprocess.run([sys.executable, "-c", IN_A_DRIVER, str(note)], cwd=repository, check=False)
+    os.kill(int(note.read_text()), signal.SIGKILL)
+    assert driver.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob("engine-beside-*")
+    with beside(doubled, 1) as answer:
+        assert left.exists(), "younger than a minute: its maker may not have its lock yet"
+        in_use = answer.path.parent
+        for folder in (left, in_use):
+            os.utime(folder, (1, 1))
+        with beside(doubled, 2) as another:
+            assert not left.exists() and in_use.exists()
+            assert (answer.get()[0], another.get()[0]) == (2, 4)
+    assert list(tmp_path.glob("engine-beside-*")) == []

@@ -81,7 +81,7 @@ def _leave_compiling_to_the_runtime(graph_def: Any) -> None:
     """Keras has XLA compile grouped convolutions; on a CPU that is 20 times slower, and hides them from all others."""
     for function in graph_def.library.function:
         function.attr.clear()
-        function.signature.is_stateful = False  # it read variables, which are constants now
+        function.signature.is_stateful = False  # there are no variables in it, whatever Keras' layers say
     for node in graph_def.node:
         if node.op in ("PartitionedCall", "StatefulPartitionedCall"):
             node.op = "PartitionedCall"

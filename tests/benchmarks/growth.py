@@ -484,11 +484,8 @@ def grow_shards(folder: Path, effort: Effort) -> Growth:
         "images/s",
         "0: it makes no difference in how many shards the images are; -1: only the number of shards counts.",
     )
-    with _shared_session():
-        for shards in effort.shards:
-            archive = make_tiny(folder, shards, images // shards)
-            growth.add("no sleep", shards, functools.partial(_measured, archive, Layout()))
-    return growth
+    cases = ((shards, make_tiny(folder, shards, images // shards), Layout()) for shards in effort.shards)
+    return _grown(growth, cases)
 
 
 def grow_images(folder: Path, effort: Effort) -> Growth:
@@ -499,12 +496,11 @@ def grow_images(folder: Path, effort: Effort) -> Growth:
         "images/s",
         "0: an image takes its time, whatever shard it is in; 1: a shard takes its time, whatever is in it.",
     )
-    with _shared_session():
-        for images in effort.images:
-            shards = min(effort.shards_at_most, max(1, effort.images_in_all // images))
-            archive = make_tiny(folder, shards, images)
-            growth.add("no sleep", images, functools.partial(_measured, archive, Layout()))
-    return growth
+    shards_of = {
+        images: min(effort.shards_at_most, max(1, effort.images_in_all // images)) for images in effort.images
+    }
+    cases = ((images, make_tiny(folder, shards, images), Layout()) for images, shards in shards_of.items())
+    return _grown(growth, cases)
 
 
 def grow_rows(folder: Path, effort: Effort) -> Growth:
@@ -517,9 +513,14 @@ def grow_rows(folder: Path, effort: Effort) -> Growth:
     )
     images_per_shard = 2 * max(effort.rows)
     archive = make_tiny(folder, effort.images_of_rows // images_per_shard, images_per_shard)
+    return _grown(growth, ((rows, archive, Layout(rows_per_part=rows)) for rows in effort.rows))
+
+
+def _grown(growth: Growth, cases: Iterable[tuple[int, Path, Layout]]) -> Growth:
+    """With the rate of each case: its size, its archive, how it is laid out."""
     with _shared_session():
-        for rows in effort.rows:
-            growth.add("no sleep", rows, functools.partial(_measured, archive, Layout(rows_per_part=rows)))
+        for size, archive, layout in cases:
+            growth.add("no sleep", size, functools.partial(_measured, archive, layout))
     return growth
 
 
