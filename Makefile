@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-growth bench-planning lint format lock clean
+.PHONY: help demo test chaos bench bench-decoding bench-heads bench-growth bench-planning lint format lock clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -28,6 +28,9 @@ bench: .venv/.installed  ## images/s of the engine, of hand-written programs and
 
 bench-decoding: .venv/.installed  ## time and fidelity of decoding, beside OpenCV, Pillow and TensorFlow
 	.venv/bin/python -m tests.benchmarks.decoding
+
+bench-heads: .venv/.installed  ## accuracy and time of heads beside scikit-learn, and what a grid costs
+	.venv/bin/python -m tests.benchmarks.heads $(BENCH)
 
 bench-growth: .venv/.installed  ## how the rate grows with actors, shards, images and parts; `make bench-growth BENCH=--quick`
 	.venv/bin/python -m tests.benchmarks.growth $(BENCH)

@@ -108,6 +108,8 @@ def _warnings_of(logger_name: str) -> Iterator[list[str]]:
 
 def plan(recipe: FitRecipe) -> dict[str, Any]:
     """What `run` would do, from validation, listings and one footer; touches nothing."""
+    from engine.training.grid import candidates
+
     table, _ = _look(recipe)
     return {
         "verb": "fit",
@@ -119,6 +121,7 @@ def plan(recipe: FitRecipe) -> dict[str, Any]:
         "fingerprint": table.record["fingerprint"],
         "labels": recipe.labels.uri or f"column {recipe.labels.label!r} of the table",
         "head": recipe.head.kind,
+        "heads_to_try": len(candidates(recipe)),
         "strategy": recipe.strategy.kind,
         "bundle": recipe.output.uri,
     }
@@ -128,23 +131,26 @@ def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
     """The table, and the columns to read; refuses what is known to be wrong before Ray starts."""
     from engine.storage import open_store
     from engine.tables import open_table
+    from engine.training.grid import candidates
 
+    candidates(recipe)  # refuses a grid that is too large
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     next(
         iter(open_store(recipe.output.uri, recipe.storage).list()), None
     )  # a file, a missing bucket, no rights
     there = table.column_names()
     columns = ["key", "shard", "index", "embedding"]
+    wanted = [name for name in (recipe.split.column, recipe.split.group) if name]
     if recipe.labels.uri is None:
-        columns += [recipe.labels.label, *([recipe.split.column] if recipe.split.column else [])]
-    elif recipe.split.column in there:  # else it must be in the label file
-        columns.append(recipe.split.column)
+        columns += [recipe.labels.label, *wanted]
+    else:  # what is not here must be in the label file
+        columns += [name for name in wanted if name in there]
     absent = [column for column in columns if column not in there]
     if absent:
         raise LabelError(
             f"{recipe.embeddings.uri}: no column {', '.join(absent)}",
             found=", ".join(there),
-            way_out="correct labels.label or split.column, or name a label file in labels.uri",
+            way_out="correct labels.label, split.column or split.group, or name a label file in labels.uri",
         )
     return table, list(dict.fromkeys(columns))
 

@@ -1,19 +1,25 @@
 """What every kind of head gives. Not for: training it (`engine.training`) or storing it (`engine.heads.bundle`).
 
-Shape letters: B rows, D embedding width, K classes.
+Shape letters: B rows, D embedding width, K classes, H numbers of a hidden layer.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import keras
+
+    from engine.heads.kinds import AnyHeadConfig
+
+Drop = Callable[[Any, int], Any]
+"""(numbers (B, H) of a hidden layer, which dropout of the head it is, from 0) -> the same with some left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +35,30 @@ class AffineMap:
         return logits_BK
 
 
+@dataclass(frozen=True, slots=True)
+class Dropouts:
+    """Which random numbers a head needs for one row of a step.
+
+    Attributes:
+        rate: share of numbers that are left out.
+        count: how often it leaves some out.
+        width: of the widest layer it does so to.
+    """
+
+    rate: float = 0.0
+    count: int = 0
+    width: int = 0
+
+
 class Head(ABC):
     """One kind of classifier on embeddings: logits inside, probabilities are the predictor's."""
+
+    dropouts = Dropouts()
+
+    @property
+    @abstractmethod
+    def stated(self) -> AnyHeadConfig:
+        """The config as a bundle states it."""
 
     @abstractmethod
     def build(self, width: int, num_classes: int, seed: int) -> keras.Model:
@@ -42,9 +70,33 @@ class Head(ABC):
             seed: of the initial weights; the same seed gives the same weights on every machine.
 
         Returns:
-            A Keras model from (B, D) float32 to (B, K) float32 logits, without softmax.
+            A Keras model from (B, D) float32 to (B, K) float32 logits, without softmax. It answers; what only training
+            does is in `training_logits`.
         """
 
     @abstractmethod
     def as_matrix(self, network: keras.Model) -> AffineMap | None:
         """The trained network as a matrix and a bias, or None where it is more than that."""
+
+    @abstractmethod
+    def absorb_scaling(
+        self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
+    ) -> keras.Model:
+        """From a network trained on (embeddings - subtract) * multiply, which may be changed, one that takes embeddings
+        as they are."""
+
+    def training_logits(self, network: keras.Model, embeddings_BD: Any, drop: Drop) -> Any:
+        """Logits as a training step sees them.
+
+        Dropout is a function of the step and the row, and so comes from outside: Keras' own layer would draw other
+        numbers on every device, and the loss trace would depend on how many there are.
+        """
+        del drop
+        return network(embeddings_BD, training=True)
+
+
+def absorb_into_dense(layer: Any, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]) -> None:
+    """For heads that begin with a dense layer: its kernel takes the factors, its bias what is subtracted."""
+    kernel_DH, bias_H = (np.asarray(weights, np.float64) for weights in layer.get_weights())
+    scaled_DH = multiply_D[:, None] * kernel_DH
+    layer.set_weights([scaled_DH.astype(np.float32), (bias_H - subtract_D @ scaled_DH).astype(np.float32)])

@@ -1,10 +1,11 @@
 """A published head on storage: written whole or not at all, checked on reading. Not for: fitting or predicting.
 
-    <bundle>/head.<sha8>.keras               the network, logits out
+    <bundle>/head.<sha8>.keras               the network, logits out; of a custom head instead weights.<sha8>.npz
     <bundle>/matrix.<sha8>.npz               kernel_DK and bias_K, where the head is only a matrix product
     <bundle>/metrics.<sha8>.json             how well it does, and on which rows
     <bundle>/embeddings_table.<sha8>.json    the `_table.json` of the embeddings it was fitted on
     <bundle>/recipe.<sha8>.json              the recipe of the fit
+    <bundle>/suspects.<sha8>.json            labels that are probably wrong, where they were looked for
     <bundle>/bundle.json                     names all of these with their sha-256; written last
 
 `<sha8>` is the beginning of the file's own sha-256, so publishing to the same place again never touches a file of
@@ -22,7 +23,7 @@ import io
 import json
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from pydantic import Field, ValidationError
 from engine.config import Config, stable_hash
 from engine.errors import BundleError, ContractMismatch, ObjectNotFound
 from engine.heads.base import AffineMap
-from engine.heads.kinds import HeadConfig, open_head
+from engine.heads.kinds import AnyHeadConfig, CustomHeadConfig, HeadConfig, open_head
 from engine.storage import Store
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Manifest(Config):
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
     files: dict[str, BundleFile]
-    """The bundle's files by role: head, matrix (perhaps), metrics, embeddings_table, recipe."""
+    """The bundle's files by role: head or weights, metrics, embeddings_table, recipe; perhaps matrix and suspects."""
     versions: dict[str, str]
     """Of Python and of the packages that made the bundle."""
     created: str
@@ -94,7 +95,7 @@ class Manifest(Config):
 class TrainedHead:
     """A head as training leaves it."""
 
-    config: HeadConfig
+    config: AnyHeadConfig
     network: keras.Model  # (B, D) float32 to (B, K) logits
     classes: tuple[str, ...]  # K names, sorted by code point
     task: Literal["single_label"]
@@ -117,6 +118,8 @@ class Bundle:
         """
         import keras
 
+        if isinstance(self.manifest.head, CustomHeadConfig):
+            return self._rebuilt(self.manifest.head)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "head.keras"
             path.write_bytes(self.read("head"))
@@ -130,6 +133,19 @@ class Bundle:
                     way_out="use the Keras that the bundle names, or fit again",
                 ) from None
 
+    def _rebuilt(self, config: CustomHeadConfig) -> keras.Model:
+        from engine.heads.custom import rebuilt
+
+        with np.load(io.BytesIO(self.read("weights")), allow_pickle=False) as tensors:
+            try:
+                return rebuilt(config, self.manifest.width, len(self.manifest.classes), tensors)
+            except ValueError as error:  # what Keras raises for weights of another shape
+                raise BundleError(
+                    f"bundle {self.store.uri}: head.build {config.build} builds another network than was fitted",
+                    found=" ".join(str(error).split())[:500],
+                    wanted="one that its weights fit: the function must answer the same each time",
+                ) from None
+
     def matrix(self) -> AffineMap | None:
         """The head as a matrix product, which needs no Keras; None where it is more than that."""
         if "matrix" not in self.manifest.files:
@@ -137,7 +153,7 @@ class Bundle:
         with np.load(io.BytesIO(self.read("matrix")), allow_pickle=False) as arrays:
             return AffineMap(arrays["kernel_DK"], arrays["bias_K"])
 
-    def document(self, role: Literal["metrics", "embeddings_table", "recipe"]) -> dict[str, Any]:
+    def document(self, role: Literal["metrics", "embeddings_table", "recipe", "suspects"]) -> dict[str, Any]:
         """One of the bundle's JSON files."""
         content: dict[str, Any] = json.loads(self.read(role))
         return content
@@ -174,6 +190,7 @@ def publish_bundle(
     table_record: Mapping[str, Any],
     metrics: Mapping[str, Any],
     recipe: Mapping[str, Any],
+    suspects: Sequence[Mapping[str, Any]] | None = None,
 ) -> Bundle:
     """Write a bundle, `bundle.json` last, and delete the files of the bundle it replaces.
 
@@ -183,20 +200,23 @@ def publish_bundle(
         table_record: `_table.json` of the embeddings; its fingerprint and width become the bundle's.
         metrics: for metrics.json.
         recipe: for recipe.json.
+        suspects: for suspects.json; None: no such file.
 
     Raises:
         StorageError: a file could not be written; a bundle that was there before is still whole.
     """
-    contents = {"head.keras": _keras_bytes(head.network), **_matrix_file(head)}
+    contents = {**_network_file(head), **_matrix_file(head)}
     for name, document in (("metrics", metrics), ("embeddings_table", table_record), ("recipe", recipe)):
         contents[f"{name}.json"] = _json_bytes(document)
+    if suspects is not None:
+        contents["suspects.json"] = _json_bytes({"suspects": list(suspects)})
     files = {name.partition(".")[0]: _described(name, content) for name, content in contents.items()}
     manifest = Manifest(
         task=head.task,
         classes=head.classes,
         fingerprint=table_record["fingerprint"],
         width=table_record["width"],
-        head=head.config,
+        head=open_head(head.config).stated,
         calibration=head.calibration,
         tensors_sha256=_tensors_sha256(head.network),
         files=files,
@@ -291,11 +311,18 @@ def _paths_named(store: Store) -> set[str]:
         return set()
 
 
-def _keras_bytes(network: keras.Model) -> bytes:
+def _network_file(head: TrainedHead) -> dict[str, bytes]:
+    if isinstance(head.config, CustomHeadConfig):  # saving it whole might save code
+        from engine.heads.custom import tensors_of
+
+        buffer = io.BytesIO()
+        tensors: dict[str, Any] = tensors_of(head.network)
+        np.savez(buffer, **tensors)
+        return {"weights.npz": buffer.getvalue()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.keras"
-        network.save(path)
-        return path.read_bytes()
+        head.network.save(path)
+        return {"head.keras": path.read_bytes()}
 
 
 def _matrix_file(head: TrainedHead) -> dict[str, bytes]:

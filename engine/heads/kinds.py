@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field
 
 from engine.config import Config
 
@@ -19,17 +21,55 @@ class LinearHeadConfig(Config):
     """The kind of head: `linear`."""
 
 
-# A second kind makes this a union with Field(discriminator="kind"); pydantic wants no discriminator for one.
-HeadConfig = LinearHeadConfig
+class MlpHeadConfig(Config):
+    """Dense layers with dropout between the embedding and the classes: the classic head of transfer learning."""
+
+    kind: Literal["mlp"]
+    """The kind of head: `mlp`."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512,), min_length=1, max_length=8)
+    """Width of each hidden layer, from the embedding on."""
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Share of each hidden layer's numbers that a training step leaves out. Predictions use all of them."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """What follows each hidden layer."""
 
 
-def open_head(config: HeadConfig) -> Head:
+class CustomHeadConfig(Config):
+    """A network of your own. Its code is imported where it runs, and never stored: a bundle has its path, a digest of
+    its source and its weights."""
+
+    kind: Literal["custom"]
+    """The kind of head: `custom`."""
+    build: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+    """Dotted path of a function (D, K) -> keras.Model, from embeddings (None, D) to logits (None, K) without softmax.
+    Its module must be found (installed, or on PYTHONPATH) wherever the head is fitted or used."""
+    source_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Wanted sha-256 of the module's file; another is refused. null: whatever is there. A bundle states it."""
+
+
+AnyHeadConfig = LinearHeadConfig | MlpHeadConfig | CustomHeadConfig
+HeadConfig = Annotated[
+    AnyHeadConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda found: {"kind": "linear"} | found if isinstance(found, dict) else found),
+]
+
+
+def open_head(config: AnyHeadConfig) -> Head:
     """The head kind that a recipe names; importing it does not import Keras."""
+    if isinstance(config, CustomHeadConfig):
+        from engine.heads.custom import CustomHead
+
+        return CustomHead(config)
+    if isinstance(config, MlpHeadConfig):
+        from engine.heads.mlp import MlpHead
+
+        return MlpHead(config)
     from engine.heads.linear import LinearHead
 
     return LinearHead(config)
 
 
-def build_head(config: HeadConfig, width: int, num_classes: int, seed: int) -> keras.Model:
+def build_head(config: AnyHeadConfig, width: int, num_classes: int, seed: int) -> keras.Model:
     """A fresh, untrained network of the chosen kind: (B, D) float32 embeddings to (B, K) logits."""
     return open_head(config).build(width, num_classes, seed)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engine.heads.base import AffineMap, Head
+from engine.heads.base import AffineMap, Head, absorb_into_dense
 from engine.heads.kinds import LinearHeadConfig
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ class LinearHead(Head):
 
     def __init__(self, config: LinearHeadConfig) -> None:
         self.config = config
+
+    @property
+    def stated(self) -> LinearHeadConfig:
+        """As the recipe has it."""
+        return self.config
 
     def build(self, width: int, num_classes: int, seed: int) -> keras.Model:
         """All weights start at zero: the loss is convex, so there is no symmetry to break and `seed` has no say.
@@ -39,3 +45,10 @@ class LinearHead(Head):
         """Kernel (D, K) and bias (K,) of the dense layer, copied."""
         kernel_DK, bias_K = network.get_layer("logits").get_weights()
         return AffineMap(np.asarray(kernel_DK, np.float32), np.asarray(bias_K, np.float32))
+
+    def absorb_scaling(
+        self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
+    ) -> keras.Model:
+        """Into the one dense layer there is."""
+        absorb_into_dense(network.get_layer("logits"), subtract_D, multiply_D)
+        return network

@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from engine.errors import TableDamaged
+from engine.errors import LabelError, TableDamaged
 from engine.heads.bundle import Calibration, TrainedHead, publish_bundle
-from engine.heads.kinds import build_head
+from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.storage import StorageConfig, Store
 from engine.strategies.kinds import open_strategy
-from engine.training.judgement import JUDGED, JudgedRows, judge
-from engine.training.kinds import SPLIT_NAMES, FitSettings
+from engine.training.grid import Candidate, best_of, candidates, grid_report
+from engine.training.judgement import JUDGED, JudgedRows, Judgement, judge
+from engine.training.kinds import SPLIT_NAMES, FitSettings, SplitConfig
 from engine.training.labels import Classes, LabelledRows, encode_classes, join_labels
-from engine.training.loop import Report, TrainingResult, TrainingRows, train_network
+from engine.training.loop import Report, TrainingResult, TrainingRows, out_of_fold_logits, train_heads
+from engine.training.metrics import softmax
+from engine.training.scaling import Scaling
 from engine.training.split import assign_splits
+from engine.training.step import hold_rows
+from engine.training.suspects import assign_folds, find_suspects
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
 
 log = logging.getLogger(__name__)
 SUMMARY_METRICS = ("accuracy", "top_3_accuracy", "loss", "calibration_error")
@@ -40,7 +49,12 @@ class FitSummary(TypedDict):
     metrics: dict[
         str, dict[str, float] | None
     ]  # validation, test: SUMMARY_METRICS; None where it has no rows
-    epochs: int  # epochs that were run
+    heads_tried: int  # with different settings
+    published: dict[str, Any]  # head and optimizer of the bundle
+    suspect_labels: (
+        int | None
+    )  # labels that are probably wrong: suspects.json; None where none were looked for
+    epochs: int  # epochs that were run for the published head
     seconds: float  # wall time
 
 
@@ -69,8 +83,13 @@ def fit_head(
         StorageError: a label file cannot be read, or the bundle cannot be written.
     """
     started = time.perf_counter()
-    labelled = join_labels(table, settings.labels, settings.split.column, storage)
-    splits_N = assign_splits(labelled.keys, labelled.split_values, settings.split)
+    split = settings.split
+    labelled = join_labels(
+        table, settings.labels, [name for name in (split.column, split.group) if name], storage
+    )
+    groups = _groups(labelled, split)
+    splits_N = assign_splits(groups, labelled.values.get(split.column or ""), split)
+    _refuse_divided_groups(groups, splits_N, split)
     classes = encode_classes(labelled.labels, splits_N == "train")
     rows_of: dict[str, NDArray[np.int64]] = {
         name: np.flatnonzero((splits_N == name) & (classes.numbers_N >= 0)) for name in SPLIT_NAMES
@@ -78,30 +97,33 @@ def fit_head(
     embeddings_ND = labelled_embeddings(table["embedding"], labelled.positions_N, int(record["width"]))
     _say_what_is_left_out(labelled, classes, rows_of)
 
+    tried = candidates(settings)
+    if len(tried) > 1 and not len(rows_of["validation"]):
+        raise _nothing_to_choose_by(len(tried), settings)
     strategy = open_strategy(settings.strategy)
-    with strategy.scope():
-        network = build_head(
-            settings.head, embeddings_ND.shape[1], len(classes.names), settings.training.seed
-        )
-    rows = TrainingRows(embeddings_ND, classes.numbers_N, rows_of["train"], rows_of["validation"])
-    training = train_network(network, strategy, rows, settings.optimizer, settings.training, report)
-
-    logits = compile_logits(network)
+    scaling = Scaling.of(embeddings_ND, rows_of["train"]) if settings.training.standardise else None
+    rows = TrainingRows(
+        scaling.apply(embeddings_ND) if scaling else embeddings_ND,
+        classes.numbers_N,
+        rows_of["train"],
+        rows_of["validation"],
+    )
+    held = hold_rows(strategy, rows.embeddings_ND, rows.classes_N)
+    trained = train_heads(tried, strategy, rows, settings.training, report, held)
+    best = best_of(trained, tried)
+    head, network, training = tried[best].head, trained[best].network, trained[best].result
     shards = table["shard"].take(labelled.positions_N).to_pylist()
-    splits = {
-        name: JudgedRows(
-            logits(embeddings_ND[rows_of[name]]),
-            classes.numbers_N[rows_of[name]],
-            [labelled.keys[row] for row in rows_of[name]],
-            [shards[row] for row in rows_of[name]],
-        )
-        for name in JUDGED
-    }
-    judgement = judge(splits, classes.names, settings.calibration)
+    names = _Names(labelled.keys, shards, groups, classes)
+    suspects = None
+    if settings.suspects.folds:
+        suspects = _suspects(tried[best], training.best_epoch, strategy, rows, held, names, settings)
+    if scaling:
+        network = open_head(head).absorb_scaling(network, scaling.subtract_D, scaling.multiply_D)
+    judgement = _judgement(network, embeddings_ND, rows_of, names, settings)
     bundle = publish_bundle(
         bundle_store,
         TrainedHead(
-            settings.head,
+            head,
             network,
             classes.names,
             settings.task,
@@ -111,8 +133,10 @@ def fit_head(
         metrics={
             **judgement.metrics,
             **_circumstances(labelled, classes, rows_of, training, strategy.num_replicas_in_sync),
+            "grid": grid_report(tried, trained, best),
         },
         recipe=settings.model_dump(mode="json"),
+        suspects=suspects,
     )
     return FitSummary(
         bundle=bundle.store.uri,
@@ -122,9 +146,70 @@ def fit_head(
             name: (figures := judgement.metrics[name]) and {word: figures[word] for word in SUMMARY_METRICS}
             for name in JUDGED
         },
+        heads_tried=len(tried),
+        published=tried[best].to_json(),
+        suspect_labels=None if suspects is None else len(suspects),
         epochs=len(training.history),
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Of the labelled rows: which each is, what it belongs to, and what its class is called."""
+
+    keys: Sequence[str]
+    shards: Sequence[str]
+    groups: Sequence[str]
+    classes: Classes
+
+
+def _judgement(
+    network: keras.Model,
+    embeddings_ND: NDArray[np.floating[Any]],
+    rows_of: Mapping[str, NDArray[np.int64]],
+    names: _Names,
+    settings: FitSettings,
+) -> Judgement:
+    """What the head, as it will be published, is worth on the rows it was not fitted on."""
+    logits = compile_logits(network)
+    splits = {
+        name: JudgedRows(
+            logits(embeddings_ND[rows_of[name]]),
+            names.classes.numbers_N[rows_of[name]],
+            [names.keys[row] for row in rows_of[name]],
+            [names.shards[row] for row in rows_of[name]],
+        )
+        for name in JUDGED
+    }
+    return judge(splits, names.classes.names, settings.calibration)
+
+
+def _suspects(
+    candidate: Candidate,
+    epochs: int,
+    strategy: tf.distribute.Strategy,
+    rows: TrainingRows,
+    held: Any,
+    names: _Names,
+    settings: FitSettings,
+) -> list[dict[str, Any]]:
+    """Labels, of whatever split, that heads like the published one doubt that were fitted without them."""
+    classes_N = names.classes.numbers_N
+    folds_N = assign_folds(names.groups, settings.suspects.folds, settings.split.seed)
+    everyone = np.flatnonzero(classes_N >= 0)
+    unseen_NK = out_of_fold_logits(
+        candidate,
+        strategy,
+        replace(rows, train=everyone),
+        folds_N,
+        max(1, epochs),
+        settings.training,
+        held,
+    )
+    found = find_suspects(softmax(unseen_NK[everyone]), classes_N[everyone])
+    found = replace(found, rows=everyone[found.rows])
+    return found.to_json(names.keys, names.shards, classes_N, names.classes.names)
 
 
 def labelled_embeddings(
@@ -155,6 +240,41 @@ def labelled_embeddings(
         gathered_ND[low:high] = chunk_CD[positions_N[low:high] - first_row]
         first_row += len(chunk)
     return gathered_ND
+
+
+def _nothing_to_choose_by(count: int, settings: FitSettings) -> LabelError:
+    return LabelError(
+        "grid: no validation rows to choose a head by",
+        found=f"{count} heads, split.validation {settings.split.validation}",
+        way_out="give split.validation a share of the rows, or leave the grid out",
+    )
+
+
+def _groups(labelled: LabelledRows, split: SplitConfig) -> Sequence[str]:
+    """What rows are held together by: the value of the group column, else the key."""
+    if split.group is None:
+        return labelled.keys
+    values = labelled.values[split.group]
+    return [
+        f"{split.group}\n{value}" if value else key for key, value in zip(labelled.keys, values, strict=True)
+    ]
+
+
+def _refuse_divided_groups(groups: Sequence[str], splits_N: NDArray[np.str_], split: SplitConfig) -> None:
+    """An explicit split may divide a group, which would let the head be judged by what it has seen."""
+    if split.group is None or split.column is None:
+        return
+    sides: dict[str, set[str]] = {}
+    for group, side in zip(groups, splits_N.tolist(), strict=True):
+        sides.setdefault(group, set()).add("test" if side == "test" else "train or validation")
+    divided = sorted(group.partition("\n")[2] or group for group, found in sides.items() if len(found) > 1)
+    if divided:
+        raise LabelError(
+            f"split.column {split.column}: {len(divided)} groups are on both sides of the test",
+            found=", ".join(divided[:5]) + (", ..." if len(divided) > 5 else ""),
+            wanted=f"all rows of one {split.group} on one side",
+            way_out="correct the column, or leave split.group out if that is meant",
+        )
 
 
 def _say_what_is_left_out(

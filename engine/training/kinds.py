@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.config import Config
 from engine.heads.kinds import HeadConfig, LinearHeadConfig
@@ -36,6 +36,9 @@ class SplitConfig(Config):
     column: str | None = None
     """Column of the label file (or of the table) that says train, validation or test for each row. null: a
     hash of seed and key decides."""
+    group: str | None = None
+    """Column (of the label file, or of the table) whose rows of one value stay together: frames of a scene, photos of a
+    patient. The hash is then of that value; with `column`, validation is taken by it. Empty: the key stands for it."""
     train: float = Field(default=0.8, gt=0, le=1)
     """Fraction of the rows that the head is fitted on."""
     validation: float = Field(default=0.1, ge=0, lt=1)
@@ -54,19 +57,55 @@ class SplitConfig(Config):
         return self
 
 
-class AdamConfig(Config):
+class _OptimizerConfig(Config):
+    """What every optimizer's recipe says."""
+
+    learning_rate: float = Field(default=0.001, gt=0)
+    """Step size: the largest, where `schedule` changes it."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay (as in AdamW): every step multiplies the weights, but not the biases, by
+    1 - learning rate * weight_decay. It is not an L2 term of the loss."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine`: the learning rate falls to 0 over `training.epochs`, along half a cosine (Loshchilov and Hutter,
+    2017); early stopping then ends before it is small, so give it fewer epochs and more patience."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Epochs in which the learning rate rises from 0, in a line; before the schedule, and counted in `epochs`."""
+
+
+class AdamConfig(_OptimizerConfig):
     """Adam with Keras' moments (0.9, 0.999) and epsilon (1e-7)."""
 
     kind: Literal["adam"] = "adam"
     """The kind of optimizer: `adam`."""
-    learning_rate: float = Field(default=0.001, gt=0)
-    """Step size, constant over the run."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled decay (as in AdamW): every step multiplies the weights, but not the biases, by
-    1 - learning_rate * weight_decay. It is not an L2 term of the loss."""
 
 
-OptimizerConfig = AdamConfig  # a second kind makes this a union with Field(discriminator="kind")
+class AdamWConfig(_OptimizerConfig):
+    """Adam with decoupled decay on by default; otherwise the same."""
+
+    kind: Literal["adamw"]
+    """The kind of optimizer: `adamw`."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """As of `adam`."""
+
+
+class SgdConfig(_OptimizerConfig):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"]
+    """The kind of optimizer: `sgd`."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Step size: the largest, where `schedule` changes it."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step that the next one repeats."""
+    nesterov: bool = True
+    """Whether the gradient is taken where the momentum leads to."""
+
+
+OptimizerConfig = Annotated[
+    AdamConfig | AdamWConfig | SgdConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda found: {"kind": "adam"} | found if isinstance(found, dict) else found),
+]
 
 
 class TrainingConfig(Config):
@@ -82,8 +121,26 @@ class TrainingConfig(Config):
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced`: each training row weighs rows / (classes * rows of its class), so that every class weighs the
     same. Validation and test stay unweighted."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each training row's weight that is spread evenly over all classes (Szegedy et al., 2016, section 7)."""
+    standardise: bool = True
+    """Train on embeddings whose every number has mean 0 and deviation 1 over the training rows. The published head
+    takes embeddings as they are: what was done to them becomes part of its weights."""
     seed: int = Field(default=0, ge=0)
-    """Of the initial weights and of the order of the rows in each epoch."""
+    """Of the initial weights, of the order of the rows in each epoch, and of dropout."""
+
+
+class GridConfig(Config):
+    """Values to try, each with each of the others; all heads are trained at once, and the embeddings are read once."""
+
+    learning_rate: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """In place of `optimizer.learning_rate`. Here and below, an empty list leaves the recipe's own value."""
+    weight_decay: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """In place of `optimizer.weight_decay`."""
+    dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
+    """In place of the head's `dropout`; heads without one are tried once."""
+    head: tuple[HeadConfig, ...] = ()
+    """In place of `head`."""
 
 
 class CalibrationConfig(Config):
@@ -94,6 +151,20 @@ class CalibrationConfig(Config):
     answers stay the same, confidences become honest. `none`: as trained."""
     precisions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
     """Shares of right answers for which the report suggests a `min_confidence`."""
+
+
+class SuspectsConfig(Config):
+    """Looking for wrong labels: each row is judged by a head that was fitted without it."""
+
+    folds: int = Field(default=5, ge=0, le=20)
+    """Heads that are fitted for it, all at once, each without its own part of the rows. 0: no search."""
+
+    @field_validator("folds")
+    @classmethod
+    def _one_fold_leaves_no_rows(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("1 leaves no rows to fit on: 0 for no search, or at least 2")
+        return value
 
 
 class FitSettings(Config):
@@ -111,8 +182,12 @@ class FitSettings(Config):
     """How weights follow gradients."""
     training: TrainingConfig = TrainingConfig()
     """How long and in what portions."""
+    grid: GridConfig = GridConfig()
+    """Heads to choose from: the one with the lowest validation loss is published, the others are in the report."""
     calibration: CalibrationConfig = CalibrationConfig()
     """How confidences are made honest."""
+    suspects: SuspectsConfig = SuspectsConfig()
+    """How wrong labels are looked for."""
     strategy: StrategyConfig = Mirrored()
     """How the work is laid on devices."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from engine.errors import LabelError
 from engine.storage import StorageConfig, open_store
 from engine.training.kinds import LabelsConfig
 
+_VALUE = "value:"  # before the names of further columns, so that none is taken for a key or a label
 EXAMPLES = 5  # how many offending keys a message shows
 
 
@@ -46,7 +47,7 @@ class LabelledRows:
     positions_N: NDArray[np.int64]  # row of the table
     keys: Sequence[str]
     labels: Sequence[str]
-    split_values: Sequence[str | None] | None  # of the explicit split column, None without one
+    values: Mapping[str, Sequence[str | None]]  # of further columns, by name
     counts: LabelCounts
 
 
@@ -60,14 +61,15 @@ class Classes:
 
 
 def join_labels(
-    table: pa.Table, config: LabelsConfig, split_column: str | None, storage: StorageConfig
+    table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig
 ) -> LabelledRows:
     """Find each row's label, in the table itself or in a file keyed by `key` (or `shard` and `key`).
 
     Args:
         table: an embedding table with `key`, `shard` and whatever columns the recipe names.
         config: where the labels are.
-        split_column: column with train / validation / test, of the label file if it has it, else of the table.
+        columns: what else is wanted of each row (split, group): columns of the label file if it has them, else of the
+            table.
         storage: how the label file is reached.
 
     Raises:
@@ -77,10 +79,10 @@ def join_labels(
     """
     if config.uri is None:
         labels = _text_column(table, config.label, "embedding table")
-        splits = None if split_column is None else _text_column(table, split_column, "embedding table")
+        values = {name: _text_column(table, name, "embedding table") for name in columns}
         unknown_keys = 0
     else:
-        labels, splits, unknown_keys = _from_file(table, config, split_column, storage)
+        labels, values, unknown_keys = _from_file(table, config, columns, storage)
     is_labelled = pc.fill_null(pc.not_equal(labels, ""), False)
     positions_N = np.flatnonzero(is_labelled.to_numpy(zero_copy_only=False))
     if len(positions_N) == 0:
@@ -89,7 +91,7 @@ def join_labels(
         positions_N=positions_N,
         keys=table["key"].take(positions_N).to_pylist(),
         labels=labels.take(positions_N).to_pylist(),
-        split_values=None if splits is None else splits.take(positions_N).to_pylist(),
+        values={name: column.take(positions_N).to_pylist() for name, column in values.items()},
         counts=LabelCounts(table.num_rows, len(positions_N), table.num_rows - len(positions_N), unknown_keys),
     )
 
@@ -116,21 +118,20 @@ def encode_classes(labels: Sequence[str], is_train_N: NDArray[np.bool_]) -> Clas
 
 
 def _from_file(
-    table: pa.Table, config: LabelsConfig, split_column: str | None, storage: StorageConfig
-) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None, int]:
-    """Labels and split values in the table's row order, and how many labels belong to no row."""
+    table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig
+) -> tuple[pa.ChunkedArray, dict[str, pa.ChunkedArray], int]:
+    """Labels and further values in the table's row order, and how many labels belong to no row."""
     assert config.uri is not None
     file = _read_label_file(config.uri, storage)
-    split_in_file = split_column is not None and split_column in file.column_names
-    columns = {
+    in_file = [name for name in columns if name in file.column_names]
+    texts = {
         "key": _text_column(file, config.key, config.uri),
         "label": _text_column(file, config.label, config.uri),
+        **{_VALUE + name: _text_column(file, name, config.uri) for name in in_file},
     }
     if "shard" in file.column_names:
-        columns["shard"] = _text_column(file, "shard", config.uri)
-    if split_column is not None and split_in_file:
-        columns["split"] = _text_column(file, split_column, config.uri)
-    given = pa.table(columns)
+        texts["shard"] = _text_column(file, "shard", config.uri)
+    given = pa.table(texts)
     given = given.filter(
         pc.and_(pc.fill_null(pc.not_equal(given["label"], ""), False), pc.is_valid(given["key"]))
     )
@@ -139,10 +140,13 @@ def _from_file(
     one_each = _one_per_id(given.append_column("id", _ids(given, by_shard)), config.uri)
     places = pc.index_in(row_ids, value_set=one_each["id"].combine_chunks())
     unknown_keys = one_each.num_rows - pc.count_distinct(places, mode="only_valid").as_py()
-    splits = one_each["split"].take(places) if split_in_file else None
-    if split_column is not None and not split_in_file:
-        splits = _text_column(table, split_column, f"{config.uri} and embedding table")
-    return one_each["label"].take(places), splits, unknown_keys
+    values = {
+        name: one_each[_VALUE + name].take(places)
+        if name in in_file
+        else _text_column(table, name, f"{config.uri} and embedding table")
+        for name in columns
+    }
+    return one_each["label"].take(places), values, unknown_keys
 
 
 def _read_label_file(uri: str, storage: StorageConfig) -> pa.Table:
@@ -175,7 +179,7 @@ def _text_column(table: pa.Table, name: str, origin: str) -> pa.ChunkedArray:
         raise LabelError(
             f"{origin}: no column {name!r}",
             found=", ".join(table.column_names),
-            way_out="name an existing column in labels.key, labels.label or split.column",
+            way_out="name an existing column in labels.key, labels.label, split.column or split.group",
         )
     column = table[name]
     if pa.types.is_dictionary(column.type):
@@ -231,8 +235,8 @@ def _repeated(texts: pa.ChunkedArray) -> list[str]:
 
 
 def _one_per_id(given: pa.Table, uri: str) -> pa.Table:
-    """One row per id: repetitions that agree are one, two different labels (or splits) for an id are refused."""
-    values = [name for name in ("label", "split") if name in given.column_names]
+    """One row per id: repetitions that agree are one, two different labels (or other values) for an id are refused."""
+    values = [name for name in given.column_names if name == "label" or name.startswith(_VALUE)]
     wanted: list[Any] = [(name, "first") for name in values] + [(name, "count_distinct") for name in values]
     grouped = given.group_by("id", use_threads=False).aggregate(wanted)
     for name in values:
@@ -248,9 +252,9 @@ def _conflict(given: pa.Table, name: str, ids: list[str], uri: str) -> LabelErro
         found = given.filter(pc.equal(given["id"], text))[name].unique().to_pylist()
         shown.append(f"{text.replace(chr(0), '/')} ({', '.join(sorted(str(value) for value in found))})")
     return LabelError(
-        f"labels.uri {uri}: {len(ids)} keys have more than one {name}",
+        f"labels.uri {uri}: {len(ids)} keys have more than one {name.removeprefix(_VALUE)}",
         found="; ".join(shown) + ("; ..." if len(ids) > EXAMPLES else ""),
-        wanted=f"one {name} per key",
+        wanted=f"one {name.removeprefix(_VALUE)} per key",
         way_out="keep one line per key in the label file",
     )
 

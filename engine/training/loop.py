@@ -6,7 +6,7 @@ Shape letters: N rows held, R replicas, B rows of one replica's share, S steps o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +16,18 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
+from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.training import metrics
+from engine.training.grid import Candidate
 from engine.training.kinds import OptimizerConfig, TrainingConfig
-from engine.training.step import build_optimizer, compile_step
+from engine.training.step import Learner, build_optimizer, compile_steps, hold_rows
 
 Report = Callable[[dict[str, Any]], None]
+Batch = tuple[
+    NDArray[np.int64], NDArray[np.float32]
+]  # rows_RB and weights_RB, as `global_batches` gives them
+STEPS_PER_CALL = 16  # of the compiled function: entering it takes as long as a small head's step
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,11 @@ class TrainingRows:
     classes_N: NDArray[np.int64]
     train: NDArray[np.int64]  # row numbers, at least one
     validation: NDArray[np.int64]  # row numbers, perhaps none
+
+    @property
+    def num_classes(self) -> int:
+        """K: each class has a row."""
+        return int(self.classes_N.max()) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,71 +64,193 @@ class TrainingResult:
     stopped: str  # a sentence on why training ended
 
 
-def train_network(
-    network: keras.Model,
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One of the heads that were trained together, at the weights of its best epoch."""
+
+    network: keras.Model
+    result: TrainingResult
+
+
+def train_heads(
+    candidates: Sequence[Candidate],
     strategy: tf.distribute.Strategy,
     rows: TrainingRows,
-    optimizer: OptimizerConfig,
     config: TrainingConfig,
     report: Report,
-) -> TrainingResult:
-    """Train in place until the validation loss has not fallen for `patience` epochs, and keep the best weights.
+    held: Any = None,
+) -> list[Trained]:
+    """Train heads at once, each until its validation loss has not fallen for `patience` epochs; keep the best weights.
 
-    Without validation rows nothing can say when to stop: all epochs are run and the last weights are kept.
+    All see the same batches, and end when the last of them does. Without validation rows nothing can say when to stop:
+    all epochs are run and the last weights are kept.
 
     Args:
-        network: made in the strategy's scope; (B, D) to logits. Its weights are changed.
+        candidates: heads, and how each is trained.
         strategy: opened.
         rows: embeddings, classes, and which rows are for what.
-        optimizer: how weights follow gradients.
-        config: epochs, batch size, patience, class weights, seed.
-        report: called once per epoch with a flat dict of numbers.
+        config: epochs, batch size, patience, class weights, label smoothing, seed.
+        report: called once per epoch with a flat dict of numbers: of the head with the lowest validation loss so far.
+        held: the rows, where `hold_rows` has already put them on the devices.
 
     Raises:
-        EngineError: the loss became infinite or NaN.
+        EngineError: a loss became infinite or NaN, and there is no other head.
     """
+    num_replicas = strategy.num_replicas_in_sync
+    steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
     with strategy.scope():
-        step = compile_step(strategy, network, build_optimizer(optimizer), rows.embeddings_ND, rows.classes_N)
-    logits = compile_logits(network)
-    weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+        learners = [_learner(candidate, rows, steps_per_epoch, config) for candidate in candidates]
+        held = hold_rows(strategy, rows.embeddings_ND, rows.classes_N) if held is None else held
     watched_VD, watched_classes_V = rows.embeddings_ND[rows.validation], rows.classes_N[rows.validation]
-    history: list[Epoch] = []
-    best_epoch, best_loss, best_weights = 0, math.inf, network.get_weights()
+    weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+    courses = [
+        _Course(candidate, learner, config) for candidate, learner in zip(candidates, learners, strict=True)
+    ]
+    stepped: list[_Course] = []
 
     for epoch in range(1, config.epochs + 1):
+        going = [course for course in courses if not course.is_over]
+        # Heads that have stopped still cost time in each step, and compiling one without them does too.
+        if not stepped or len(going) <= len(stepped) / 2:
+            stepped = going
+            steps = compile_steps(
+                strategy, [course.learner for course in stepped], held, config.label_smoothing, config.seed
+            )
         order = np.random.default_rng([config.seed, epoch]).permutation(rows.train)
-        batches = list(global_batches(order, weights_N, config.batch_size, strategy.num_replicas_in_sync))
-        losses_S = np.array(
-            [float(loss) for loss in [step(*batch) for batch in batches]]
-        )  # waits only at the end
-        train_loss = float(
-            np.average(losses_S, weights=[batch_weights.sum() for _, batch_weights in batches])
-        )
-        if not math.isfinite(train_loss):
-            raise _diverged(epoch, train_loss, optimizer)
-
-        watched_loss, watched_accuracy = None, None
-        if len(watched_classes_V):
-            watched = logits(watched_VD)
-            watched_loss = metrics.cross_entropy(watched, watched_classes_V)
-            watched_accuracy = metrics.accuracy(watched, watched_classes_V)
-        history.append(Epoch(epoch, train_loss, watched_loss, watched_accuracy))
-        report({**asdict(history[-1]), "epochs": config.epochs})
-
-        if watched_loss is None or watched_loss < best_loss:
-            best_epoch, best_loss = epoch, math.inf if watched_loss is None else watched_loss
-            best_weights = network.get_weights()
-        if epoch - best_epoch >= config.patience:
+        batches = list(global_batches(order, weights_N, config.batch_size, num_replicas))
+        first = (epoch - 1) * steps_per_epoch
+        losses = [
+            steps(
+                first + start,
+                np.stack([rows_RB for rows_RB, _ in portion]),
+                np.stack([weights_RB[None] for _, weights_RB in portion]),
+            )
+            for start, portion in _portions(batches)
+        ]
+        losses_SH = np.concatenate([portion.numpy() for portion in losses])  # waits only now
+        train_loss_H = np.average(losses_SH, axis=0, weights=[weights.sum() for _, weights in batches])
+        for course, train_loss in zip(stepped, train_loss_H.tolist(), strict=True):
+            if course.is_over:
+                continue
+            if math.isfinite(train_loss):
+                course.take(epoch, train_loss, watched_VD, watched_classes_V)
+            elif len(courses) == 1:
+                raise _diverged(epoch, train_loss, course.candidate.optimizer)
+            else:
+                course.give_up(epoch, train_loss)
+        leader = min(courses, key=lambda course: course.best_loss)
+        if leader.history:
+            report({**asdict(leader.history[-1]), "epoch": epoch, "epochs": config.epochs})
+        if all(course.is_over for course in courses):
             break
 
     with strategy.scope():
-        network.set_weights(best_weights)
-    return TrainingResult(tuple(history), best_epoch, _why_stopped(history[-1], best_epoch, config))
+        return [course.trained() for course in courses]
+
+
+def out_of_fold_logits(
+    candidate: Candidate,
+    strategy: tf.distribute.Strategy,
+    rows: TrainingRows,
+    folds_N: NDArray[np.int64],
+    epochs: int,
+    config: TrainingConfig,
+    held: Any,
+) -> NDArray[np.float32]:
+    """What a head says of each row that was fitted on the rows of all other folds, N rows of K logits.
+
+    One head for each fold, all at once; `rows.train` are all that take part, others have no answer (zeros).
+
+    Args:
+        candidate: of which kind the heads are, and how they are trained.
+        folds_N: fold of each row, from 0.
+        epochs: how long; nothing stops earlier, for there are no rows to watch.
+        held: as `hold_rows` gives it.
+    """
+    num_folds = int(folds_N.max()) + 1
+    steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
+    with strategy.scope():
+        learners = [_learner(candidate, rows, steps_per_epoch, config) for _ in range(num_folds)]
+        steps = compile_steps(strategy, learners, held, config.label_smoothing, config.seed)
+    weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+    for epoch in range(1, epochs + 1):
+        order = np.random.default_rng([config.seed, epoch]).permutation(rows.train)
+        batches = list(global_batches(order, weights_N, config.batch_size, strategy.num_replicas_in_sync))
+        first = (epoch - 1) * steps_per_epoch
+        for start, portion in _portions(batches):
+            rows_SRB = np.stack([rows_RB for rows_RB, _ in portion])
+            weights_SRB = np.stack([weights_RB for _, weights_RB in portion])
+            is_seen_SHRB = folds_N[rows_SRB][:, None] != np.arange(num_folds)[:, None, None]
+            steps(first + start, rows_SRB, weights_SRB[:, None] * is_seen_SHRB.astype(np.float32))
+    logits_NK = np.zeros((len(folds_N), rows.num_classes), np.float32)
+    for fold, learner in enumerate(learners):
+        unseen = rows.train[folds_N[rows.train] == fold]
+        logits_NK[unseen] = compile_logits(learner.network)(rows.embeddings_ND[unseen])
+    return logits_NK
+
+
+def _portions(batches: Sequence[Batch]) -> Iterator[tuple[int, Sequence[Batch]]]:
+    """Batches as one call of the compiled function takes them, and the place of the first."""
+    for start in range(0, len(batches), STEPS_PER_CALL):
+        yield start, batches[start : start + STEPS_PER_CALL]
+
+
+def _learner(
+    candidate: Candidate, rows: TrainingRows, steps_per_epoch: int, config: TrainingConfig
+) -> Learner:
+    head = open_head(candidate.head)
+    network = head.build(rows.embeddings_ND.shape[1], rows.num_classes, config.seed)
+    return Learner(head, network, build_optimizer(candidate.optimizer, steps_per_epoch, config.epochs))
+
+
+class _Course:
+    """What becomes of one head over the epochs."""
+
+    def __init__(self, candidate: Candidate, learner: Learner, config: TrainingConfig) -> None:
+        self.candidate, self.learner = candidate, learner
+        self._network, self._config = learner.network, config
+        self._logits = compile_logits(learner.network)
+        self._best_weights = learner.network.get_weights()
+        self._diverged: str | None = None
+        self.history: list[Epoch] = []
+        self.best_epoch, self.best_loss, self.is_over = 0, math.inf, False
+
+    def take(
+        self,
+        epoch: int,
+        train_loss: float,
+        watched_VD: NDArray[np.floating[Any]],
+        watched_classes_V: NDArray[np.int64],
+    ) -> None:
+        """An epoch came to its end: is it the best until now, and was it the last?"""
+        watched_loss, watched_accuracy = None, None
+        if len(watched_classes_V):
+            watched = self._logits(watched_VD)
+            watched_loss = metrics.cross_entropy(watched, watched_classes_V)
+            watched_accuracy = metrics.accuracy(watched, watched_classes_V)
+        self.history.append(Epoch(epoch, train_loss, watched_loss, watched_accuracy))
+        if watched_loss is None or watched_loss < self.best_loss:
+            self.best_epoch, self.best_loss = epoch, math.inf if watched_loss is None else watched_loss
+            self._best_weights = self._network.get_weights()
+        self.is_over = epoch - self.best_epoch >= self._config.patience
+
+    def give_up(self, epoch: int, train_loss: float) -> None:
+        """Its loss is no number any more: what it was until now counts, if anything."""
+        self._diverged = (
+            f"the loss was {train_loss} in epoch {epoch}; weights of epoch {self.best_epoch} kept"
+        )
+        self.is_over = True
+
+    def trained(self) -> Trained:
+        """At its best weights; call it in the strategy's scope."""
+        self._network.set_weights(self._best_weights)
+        stopped = self._diverged or _why_stopped(self.history[-1], self.best_epoch, self._config)
+        return Trained(self._network, TrainingResult(tuple(self.history), self.best_epoch, stopped))
 
 
 def global_batches(
     order: NDArray[np.int64], weights_N: NDArray[np.float32], batch_size: int, num_replicas: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+) -> Iterator[Batch]:
     """Cut an epoch's rows into global batches and deal each to the replicas.
 
     Args:

@@ -32,7 +32,7 @@ def assign_splits(
     """Each row's split, by hash or by an explicit column.
 
     Args:
-        keys: N sample keys.
+        keys: N sample keys, or names of the groups that stay together.
         values: N cells of the split column, or None to split by hash.
         config: fractions and seed.
 

@@ -1,12 +1,14 @@
-"""One optimizer step under a strategy. Not for: which rows go into it, or when to stop.
+"""Optimizer steps of many heads under a strategy. Not for: which rows go into them, or when to stop.
 
 The step is ours because Keras' `fit` fails under MultiWorkerMirroredStrategy (Keras 3.15, TensorFlow 2.21).
-Shape letters: N rows held, R replicas, B rows of one replica's share, D embedding width, K classes.
+Shape letters: N rows held, S steps of one call, R replicas, B rows of one replica's share, D embedding width, K
+classes, H heads, L dropouts of a head, W numbers of its widest layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,73 +16,177 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from engine.training.kinds import OptimizerConfig
+from engine.heads.base import Head
+from engine.training.kinds import AdamConfig, AdamWConfig, SgdConfig
 
-Step = Callable[[NDArray[np.int64], NDArray[np.float32]], tf.Tensor]
+Steps = Callable[[int, NDArray[np.int64], NDArray[np.float32]], tf.Tensor]
 
 
-def build_optimizer(config: OptimizerConfig) -> keras.Optimizer:
-    """The recipe's optimizer; call it inside the strategy's scope."""
-    optimizer = keras.optimizers.Adam(config.learning_rate, weight_decay=config.weight_decay or None)
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A head that is being trained; its network and optimizer were made in the strategy's scope."""
+
+    head: Head
+    network: keras.Model  # (B, D) float32 to (B, K) logits
+    optimizer: keras.Optimizer
+
+
+def build_optimizer(
+    config: AdamConfig | AdamWConfig | SgdConfig, steps_per_epoch: int, epochs: int
+) -> keras.Optimizer:
+    """The recipe's optimizer; call it inside the strategy's scope.
+
+    Args:
+        steps_per_epoch, epochs: of the whole training, for the learning rate's schedule.
+    """
+    rate = _learning_rate(config, steps_per_epoch, epochs)
+    decay = config.weight_decay or None
+    optimizer: keras.Optimizer
+    if isinstance(config, SgdConfig):
+        optimizer = keras.optimizers.SGD(rate, config.momentum, config.nesterov, weight_decay=decay)
+    else:
+        optimizer = keras.optimizers.Adam(rate, weight_decay=decay)
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     return optimizer
 
 
-def compile_step(
+def _learning_rate(
+    config: AdamConfig | AdamWConfig | SgdConfig, steps_per_epoch: int, epochs: int
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "constant" and not warmup:
+        return config.learning_rate
+    falling = max(1, epochs * steps_per_epoch - warmup)
+    start, aim = (0.0, config.learning_rate) if warmup else (config.learning_rate, None)
+    return keras.optimizers.schedules.CosineDecay(
+        start,
+        falling,
+        alpha=1.0 if config.schedule == "constant" else 0.0,  # of the rate, at the end
+        warmup_target=aim,
+        warmup_steps=warmup,
+    )
+
+
+def hold_rows(
     strategy: tf.distribute.Strategy,
-    network: keras.Model,
-    optimizer: keras.Optimizer,
     embeddings_ND: NDArray[np.floating[Any]],
     classes_N: NDArray[np.int64],
-) -> Step:
-    """Put the rows on every device once, and compile the step that picks its share of them by number.
+) -> Any:
+    """Put the rows on every device of the strategy, once, for steps to pick from.
 
     Args:
-        strategy: opened; network and optimizer were made in its scope.
-        network: (B, D) float32 to (B, K) logits.
-        optimizer: applied to the network's trainable variables.
         embeddings_ND: float32 or float16, held as they are and cast to float32 share by share.
         classes_N: class number of each row.
-
-    Returns:
-        step(rows_RB, weights_RB) -> the global batch's loss, a scalar not yet waited for. `rows_RB` holds row
-        numbers for each of the R replicas, `weights_RB` what each row counts; padding counts 0. Loss and
-        gradients are sums over all replicas divided by the weight of the whole global batch, so the loss trace
-        does not depend on R.
     """
-    with strategy.scope():
-        optimizer.build(network.trainable_variables)
-    held = strategy.experimental_distribute_values_from_function(
+    return strategy.experimental_distribute_values_from_function(
         lambda context: _on_device(strategy, context, embeddings_ND, classes_N)
     )
 
+
+def compile_steps(
+    strategy: tf.distribute.Strategy,
+    learners: Sequence[Learner],
+    held: Any,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+) -> Steps:
+    """Compile a function of several steps, each of which picks its share of the rows by number, for all heads.
+
+    Args:
+        strategy: opened.
+        learners: H heads; each row is gathered once for all of them.
+        held: as `hold_rows` gives it.
+        label_smoothing: share of a row's weight that all classes have evenly.
+        seed: of dropout.
+
+    Returns:
+        steps(first, rows_SRB, weights_SHRB) -> losses of the global batches (S, H), not yet waited for. `first` is the
+        number of the first step, counted from the beginning of training; with the seed a step's number decides what
+        dropout leaves out. `rows_SRB` holds row numbers for each of the R replicas, `weights_SHRB` what each row counts
+        for each head (H may be 1: for all);
+        padding counts 0. Loss and gradients are sums over all replicas divided by the weight of the whole global batch
+        (one without any weight moves nothing), and dropout's numbers belong to rows, so the loss trace does not depend
+        on R.
+    """
+    with strategy.scope():
+        for learner in learners:
+            learner.optimizer.build(learner.network.trainable_variables)
+    count = max(learner.head.dropouts.count for learner in learners)
+    width = max(learner.head.dropouts.width for learner in learners)
+
     def replica_step(
-        held: tuple[tf.Tensor, tf.Tensor], rows_RB: tf.Tensor, weights_RB: tf.Tensor
+        held: tuple[tf.Tensor, tf.Tensor], rows_RB: tf.Tensor, weights_HRB: tf.Tensor, draws_RBLW: tf.Tensor
     ) -> tf.Tensor:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         embeddings_ND, classes_N = held
         embeddings_BD = tf.cast(tf.gather(embeddings_ND, rows_RB[replica]), tf.float32)
         classes_B = tf.gather(classes_N, rows_RB[replica])
-        with tf.GradientTape() as tape:
-            logits_BK = network(embeddings_BD, training=True)
-            losses_B = tf.nn.sparse_softmax_cross_entropy_with_logits(classes_B, logits_BK)
-            loss = tf.reduce_sum(losses_B * weights_RB[replica]) / tf.reduce_sum(weights_RB)
-        gradients = tape.gradient(loss, network.trainable_variables)
-        optimizer.apply_gradients(
-            zip(gradients, network.trainable_variables, strict=True)
-        )  # sums over replicas
-        return loss
+        losses = []
+        for place, learner in enumerate(learners):
+            weights_RB = weights_HRB[place if weights_HRB.shape[0] != 1 else 0]
 
-    def global_step(held: Any, rows_RB: tf.Tensor, weights_RB: tf.Tensor) -> tf.Tensor:
-        losses = strategy.run(replica_step, args=(held, rows_RB, weights_RB))
-        return strategy.reduce("SUM", losses, axis=None)
+            def drop(
+                numbers_BH: tf.Tensor, which: int, rate: float = learner.head.dropouts.rate
+            ) -> tf.Tensor:
+                stays_BH = draws_RBLW[replica, :, which, : numbers_BH.shape[1]] >= rate
+                return tf.where(stays_BH, numbers_BH / (1 - rate), 0.0)
 
-    compiled_step = tf.function(global_step, reduce_retracing=True)
+            variables = learner.network.trainable_variables
+            with tf.GradientTape() as tape:
+                logits_BK = learner.head.training_logits(learner.network, embeddings_BD, drop)
+                losses_B = _cross_entropies(logits_BK, classes_B, label_smoothing)
+                weighed = tf.reduce_sum(losses_B * weights_RB[replica])
+                loss = tf.math.divide_no_nan(weighed, tf.reduce_sum(weights_RB))
+            gradients = tape.gradient(loss, variables)
+            learner.optimizer.apply_gradients(zip(gradients, variables, strict=True))  # sums over replicas
+            losses.append(loss)
+        return tf.stack(losses)
 
-    def step(rows_RB: NDArray[np.int64], weights_RB: NDArray[np.float32]) -> tf.Tensor:
-        return compiled_step(held, tf.constant(rows_RB), tf.constant(weights_RB))
+    def global_step(held: Any, number: tf.Tensor, rows_RB: tf.Tensor, weights_HRB: tf.Tensor) -> tf.Tensor:
+        draws_RBLW = _draws(rows_RB, count, width, seed, number)
+        losses_H = strategy.run(replica_step, args=(held, rows_RB, weights_HRB, draws_RBLW))
+        return strategy.reduce("SUM", losses_H, axis=None)
 
-    return step
+    def global_steps(held: Any, first: tf.Tensor, rows_SRB: tf.Tensor, weights_SHRB: tf.Tensor) -> tf.Tensor:
+        count_of_steps = tf.shape(rows_SRB)[0]
+        losses = tf.TensorArray(tf.float32, count_of_steps, element_shape=(len(learners),))
+        for place in tf.range(count_of_steps):
+            number = first + tf.cast(place, tf.int64)
+            losses = losses.write(place, global_step(held, number, rows_SRB[place], weights_SHRB[place]))
+        return losses.stack()
+
+    compiled_steps = tf.function(global_steps, reduce_retracing=True)
+
+    def steps(first: int, rows_SRB: NDArray[np.int64], weights_SHRB: NDArray[np.float32]) -> tf.Tensor:
+        return compiled_steps(
+            held, tf.constant(first, tf.int64), tf.constant(rows_SRB), tf.constant(weights_SHRB)
+        )
+
+    return steps
+
+
+def _cross_entropies(logits_BK: tf.Tensor, classes_B: tf.Tensor, label_smoothing: float) -> tf.Tensor:
+    """(B,) in nats: of the class, and of the even distribution for its share."""
+    own_B = tf.nn.sparse_softmax_cross_entropy_with_logits(classes_B, logits_BK)
+    if not label_smoothing:
+        return own_B
+    even_B = -tf.reduce_mean(tf.nn.log_softmax(logits_BK), axis=1)
+    return (1 - label_smoothing) * own_B + label_smoothing * even_B
+
+
+def _draws(rows_RB: tf.Tensor, count: int, width: int, seed: int, number: tf.Tensor) -> tf.Tensor:
+    """Even numbers in [0, 1), shape (R, B, L, W), the same for a row of the global batch whatever R is.
+
+    On the host: there the n-th number does not depend on how many are drawn, which padding changes.
+    """
+    shape = tf.shape(rows_RB)
+    if not count:
+        return tf.zeros((shape[0], shape[1], 0, 0))
+    with tf.device("CPU:0"):
+        drawn = tf.random.stateless_uniform(
+            (shape[0] * shape[1], count * width), tf.stack([tf.constant(seed, tf.int64), number])
+        )
+    return tf.reshape(drawn, (shape[0], shape[1], count, width))
 
 
 def _on_device(

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 from numpy.typing import NDArray
 
-from engine.errors import BundleError, LabelError, TableDamaged
+from engine.errors import BundleError, LabelError, RecipeError, TableDamaged
 from engine.heads.bundle import open_bundle
 from engine.predictor import Predictor
 from engine.schema import embeddings_schema
@@ -69,7 +70,18 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
     table, reports = made_table(), list[dict[str, Any]]()
     summary, metrics = fit(table, tmp_path, reports)
     bundle = open_bundle(open_store(str(tmp_path)))
-    assert list(summary) == ["bundle", "rows", "classes", "metrics", "epochs", "seconds"]
+    assert list(summary) == [
+        "bundle",
+        "rows",
+        "classes",
+        "metrics",
+        "heads_tried",
+        "published",
+        "suspect_labels",
+        "epochs",
+        "seconds",
+    ]
+    assert (summary["heads_tried"], summary["published"]["head"]) == (1, {"kind": "linear"})
     assert (summary["bundle"], summary["rows"], summary["classes"]) == (bundle.store.uri, 211, 3)
     assert bundle.manifest.classes == NAMES
     assert bundle.manifest.fingerprint == "f" * 64
@@ -132,6 +144,125 @@ def test_a_bundle_answers_with_the_confidences_and_thresholds_that_its_metrics_p
     assert open_bundle(open_store(str(tmp_path / "as-trained"))).manifest.calibration.temperature == 1.0
     assert as_trained["validation"]["loss"] > metrics["validation"]["loss"]
     assert as_trained["test"]["accuracy"] == metrics["test"]["accuracy"]
+
+
+def test_of_a_grid_the_head_with_the_lowest_validation_loss_is_published_and_all_are_told_of(
+    tmp_path: Path,
+) -> None:
+    grid = {
+        "learning_rate": [1e-6, 0.05],
+        "weight_decay": [0.0, 0.1],
+        "head": [{"kind": "linear"}, {"kind": "mlp", "hidden": [8], "dropout": 0.2}],
+        "dropout": [0.0, 0.3],
+    }
+    table = made_table()
+    summary, metrics = fit(table, tmp_path, grid=grid)
+    tried = metrics["grid"]
+    assert len(tried) == summary["heads_tried"] == 2 * 2 * (1 + 2)
+    published = [one for one in tried if one["published"]]
+    assert published == [min(tried, key=lambda one: one["validation_loss"])]
+    assert published[0]["optimizer"]["learning_rate"] == 0.05
+    assert {"head": published[0]["head"], "optimizer": published[0]["optimizer"]} == summary["published"]
+    bundle = open_bundle(open_store(str(tmp_path)))
+    assert bundle.manifest.head.model_dump(mode="json") == published[0]["head"]
+    in_test = pa.array([hash_fraction(0, key) >= 0.9 for key in table["key"].to_pylist()])
+    answers = Predictor(bundle, 3).predict_table(table.filter(in_test))
+    right = pa.compute.equal(answers["label"], table.filter(in_test)["label"])
+    assert pa.compute.mean(right).as_py() == pytest.approx(metrics["test"]["accuracy"])
+    assert metrics["test"]["accuracy"] > 0.85
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grid": {"dropout": [0.1]}}, "grid.dropout: no head here has dropout"),
+        ({"grid": {"learning_rate": [0.1 + n for n in range(65)]}}, "(?s)too many heads.*found: *65"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        fit(made_table(), tmp_path, **settings)
+
+
+def test_a_grid_without_validation_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="no validation rows to choose a head by"):
+        fit(
+            made_table(),
+            tmp_path,
+            split={"train": 0.9, "validation": 0.0, "test": 0.1},
+            grid={"learning_rate": [0.1, 0.2]},
+        )
+
+
+def test_numbers_of_any_scale_are_learned_from_and_the_bundle_takes_them_as_they_are(tmp_path: Path) -> None:
+    table = made_table(num_rows=600)
+    scale_D = np.array([1e4, 1e-4, 1.0, 1e-2, 1e2, 0.0, 1.0])  # one says nothing at all
+    shift_D = np.array([0.0, 3.0, -50.0, 0.0, 1e4, 1.0, 0.0])
+    rows_ND = np.stack(table["embedding"].to_numpy()) * scale_D + shift_D
+    column = table.schema.get_field_index("embedding")
+    embedding = pa.array(list(rows_ND.astype(np.float32)), table.schema.field("embedding").type)
+    odd = table.set_column(column, table.schema.field("embedding"), embedding)
+    _, plain = fit(table, tmp_path / "plain")
+    _, metrics = fit(odd, tmp_path / "standardised")
+    _, raw = fit(odd, tmp_path / "raw", training={"epochs": 20, "batch_size": 32, "standardise": False})
+    assert metrics["test"]["accuracy"] >= plain["test"]["accuracy"] - 0.04
+    assert metrics["validation"]["loss"] < raw["validation"]["loss"] - 0.1
+    answers = Predictor(open_bundle(open_store(str(tmp_path / "standardised"))), 1).predict_table(odd)
+    right = pa.compute.equal(answers["label"], odd["label"])
+    assert pa.compute.mean(right).as_py() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["one_device", "mirrored"])
+def test_labels_that_were_changed_are_suspected_and_few_others(tmp_path: Path, kind: str) -> None:
+    table = made_table(num_rows=1_000)
+    labels = table["label"].to_pylist()
+    changed = {int(row) for row in np.random.default_rng(3).choice(1_000, 50, replace=False)}
+    for row in changed:
+        labels[row] = NAMES[(NAMES.index(labels[row]) + 1) % 3]
+    summary, _ = fit(made_table(num_rows=1_000, label=labels), tmp_path, strategy={"kind": kind})
+    suspects = open_bundle(open_store(str(tmp_path))).document("suspects")["suspects"]
+    assert summary["suspect_labels"] == len(suspects) > 0
+    found = {int(entry["key"].removeprefix("img")) for entry in suspects}
+    assert len(found) == len(suspects)
+    # The classes overlap: some rows lie nearer to another class than to their own, and are rightly doubted.
+    assert len(found & changed) / len(changed) >= 0.6
+    assert len(found & changed) / len(found) >= 0.5
+    first = suspects[0]
+    assert set(first) == {"key", "shard", "label", "suggested", "margin"}
+    assert first["label"] == labels[int(first["key"].removeprefix("img"))] != first["suggested"]
+    margins = [entry["margin"] for entry in suspects]
+    assert margins == sorted(margins, reverse=True)
+
+
+def test_without_folds_no_labels_are_doubted(tmp_path: Path) -> None:
+    summary, _ = fit(made_table(), tmp_path, suspects={"folds": 0})
+    assert summary["suspect_labels"] is None
+    assert "suspects" not in open_bundle(open_store(str(tmp_path))).manifest.files
+
+
+def test_rows_of_one_group_are_on_one_side_and_rows_without_one_stand_for_themselves(tmp_path: Path) -> None:
+    scenes = [f"scene{row // 10}" if row < 150 else None for row in range(211)]
+    _, metrics = fit(made_table(scene=scenes), tmp_path, split={"group": "scene"})
+    of_scene = {f"scene{number}": hash_fraction(0, f"scene\nscene{number}") for number in range(15)}
+    of_key = {f"img{row:04d}": hash_fraction(0, f"img{row:04d}") for row in range(150, 211)}
+    in_train = 10 * sum(place < 0.8 for place in of_scene.values()) + sum(p < 0.8 for p in of_key.values())
+    assert metrics["split"]["train"]["rows"] == in_train
+    assert 0 < metrics["split"]["test"]["rows"] < 211 - in_train
+
+
+def test_an_explicit_split_that_divides_a_group_is_refused(tmp_path: Path) -> None:
+    scenes = [f"scene{row // 10}" for row in range(211)]
+    fold = ["test" if row % 7 == 0 else "train" for row in range(211)]
+    with pytest.raises(LabelError, match=r"(?s)21 groups are on both sides of the test.*scene0, scene1"):
+        fit(made_table(scene=scenes, fold=fold), tmp_path, split={"group": "scene", "column": "fold"})
+    whole = ["test" if row // 10 % 7 == 0 else "train" for row in range(211)]
+    _, metrics = fit(
+        made_table(scene=scenes, fold=whole), tmp_path, split={"group": "scene", "column": "fold"}
+    )
+    assert metrics["split"]["test"]["rows"] == whole.count("test")
+    assert metrics["split"]["validation"]["rows"] % 10 in (0, 1), "validation was not taken by whole scenes"
 
 
 def test_mirrored_is_the_default_and_gives_the_same_figures(tmp_path: Path) -> None:

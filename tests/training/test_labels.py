@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,16 @@ def embedding_table(
 
 
 def join_csv(
-    folder: Path, text: str | bytes, table: pa.Table, split_column: str | None = None, **config: str
+    folder: Path, text: str | bytes, table: pa.Table, columns: Sequence[str] = (), **config: str
 ) -> LabelledRows:
     path = folder / "labels.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return join_labels(table, LabelsConfig(uri=str(path), **config), split_column, STORAGE)
+    return join_labels(table, LabelsConfig(uri=str(path), **config), columns, STORAGE)
 
 
 def test_labels_of_the_table_itself_leave_out_rows_without_one() -> None:
     table = embedding_table(["a", "b", "c", "d", "e"], label=["cat", None, "dog", "", "cat"])
-    labelled = join_labels(table, LabelsConfig(), None, STORAGE)
+    labelled = join_labels(table, LabelsConfig(), (), STORAGE)
     assert labelled.positions_N.tolist() == [0, 2, 4]
     assert (labelled.keys, labelled.labels) == (["a", "c", "e"], ["cat", "dog", "cat"])
     assert labelled.counts.as_dict() == {
@@ -89,7 +90,7 @@ def test_parquet_labels_may_be_whole_numbers_or_dictionaries(tmp_path: Path) -> 
     path = tmp_path / "labels.parquet"
     labels = pa.table({"key": pa.array(["a", "b"]).dictionary_encode(), "label": [11, 2]})
     pyarrow.parquet.write_table(labels, path)
-    labelled = join_labels(embedding_table(["b", "a"]), LabelsConfig(uri=f"file://{path}"), None, STORAGE)
+    labelled = join_labels(embedding_table(["b", "a"]), LabelsConfig(uri=f"file://{path}"), (), STORAGE)
     assert labelled.labels == ["2", "11"]
 
 
@@ -97,7 +98,7 @@ def test_fractions_as_labels_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.parquet"
     pyarrow.parquet.write_table(pa.table({"key": ["a", "b"], "label": [1.0, 2.0]}), path)
     with pytest.raises(LabelError, match=r"(?s)column 'label' is not text.*double"):
-        join_labels(embedding_table(["a", "b"]), LabelsConfig(uri=str(path)), None, STORAGE)
+        join_labels(embedding_table(["a", "b"]), LabelsConfig(uri=str(path)), (), STORAGE)
 
 
 def test_repeated_agreeing_labels_are_one_and_count_once(tmp_path: Path) -> None:
@@ -145,18 +146,23 @@ def test_labels_for_none_of_the_rows_show_both_spellings_counts(tmp_path: Path) 
         join_csv(tmp_path, "key,label\na.jpg,x\nb.jpg,y\n", embedding_table(["a", "b"]))
 
 
-def test_split_column_comes_from_the_label_file_before_the_table(tmp_path: Path) -> None:
-    table = embedding_table(["a", "b"], fold=["test", "test"])
-    both = join_csv(tmp_path, "key,label,fold\na,x,train\nb,y,validation\n", table, "fold")
-    assert both.split_values == ["train", "validation"]
-    table_only = join_csv(tmp_path, "key,label\na,x\nb,y\n", table, "fold")
-    assert table_only.split_values == ["test", "test"]
+def test_further_columns_come_from_the_label_file_before_the_table(tmp_path: Path) -> None:
+    table = embedding_table(["a", "b"], fold=["test", "test"], scene=["s", None])
+    both = join_csv(tmp_path, "key,label,fold\na,x,train\nb,y,validation\n", table, ["fold", "scene"])
+    assert both.values == {"fold": ["train", "validation"], "scene": ["s", None]}
+    table_only = join_csv(tmp_path, "key,label\na,x\nb,y\n", table, ["fold"])
+    assert table_only.values == {"fold": ["test", "test"]}
+    odd_names = "key,label,id,value:label\na,x,1,2\nb,y,3,4\n"
+    assert join_csv(tmp_path, odd_names, table, ["id", "value:label"]).values == {
+        "id": ["1", "3"],
+        "value:label": ["2", "4"],
+    }
 
 
 def test_two_splits_for_one_key_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LabelError, match=r"(?s)1 keys have more than one split.*a \(test, train\)"):
+    with pytest.raises(LabelError, match=r"(?s)1 keys have more than one fold.*a \(test, train\)"):
         join_csv(
-            tmp_path, "key,label,fold\na,x,train\na,x,test\nb,y,test\n", embedding_table(["a", "b"]), "fold"
+            tmp_path, "key,label,fold\na,x,train\na,x,test\nb,y,test\n", embedding_table(["a", "b"]), ["fold"]
         )
 
 
@@ -164,7 +170,7 @@ def test_missing_columns_are_named_with_the_ones_there(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match=r"(?s)no column 'label'.*name, class"):
         join_csv(tmp_path, "name,class\na,x\n", embedding_table(["a"]), key="name")
     with pytest.raises(LabelError, match=r"(?s)no column 'fold'.*key, shard, index, label"):
-        join_labels(embedding_table(["a"], label=["x"]), LabelsConfig(), "fold", STORAGE)
+        join_labels(embedding_table(["a"], label=["x"]), LabelsConfig(), ["fold"], STORAGE)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +191,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes(b"key,label\n")
     for name, message in (("labels.parquet", "cannot be read"), ("labels.txt", "ending in .csv or .parquet")):
         with pytest.raises(LabelError, match=message):
-            join_labels(embedding_table(["a"]), LabelsConfig(uri=str(tmp_path / name)), None, STORAGE)
+            join_labels(embedding_table(["a"]), LabelsConfig(uri=str(tmp_path / name)), (), STORAGE)
     with pytest.raises(ObjectNotFound):
-        join_labels(embedding_table(["a"]), LabelsConfig(uri=str(tmp_path / "absent.csv")), None, STORAGE)
+        join_labels(embedding_table(["a"]), LabelsConfig(uri=str(tmp_path / "absent.csv")), (), STORAGE)
 
 
 def test_classes_are_those_of_training_rows_sorted_by_code_point() -> None:

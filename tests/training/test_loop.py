@@ -11,11 +11,12 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from engine.errors import EngineError
-from engine.heads.kinds import LinearHeadConfig, build_head
+from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig
 from engine.heads.network import compile_logits
 from engine.strategies.kinds import OneDevice, open_strategy
-from engine.training.kinds import AdamConfig, TrainingConfig
-from engine.training.loop import TrainingResult, TrainingRows, global_batches, train_network
+from engine.training.grid import Candidate, best_of
+from engine.training.kinds import AdamConfig, SgdConfig, TrainingConfig
+from engine.training.loop import TrainingResult, TrainingRows, global_batches, train_heads
 from engine.training.metrics import accuracy, cross_entropy
 
 
@@ -32,11 +33,10 @@ def made_rows(num_validation: int = 60) -> TrainingRows:
 def train(rows: TrainingRows, rate: float, **config: Any) -> tuple[TrainingResult, list[NDArray[np.float32]]]:
     reports: list[dict[str, Any]] = []
     strategy = open_strategy(OneDevice())
-    with strategy.scope():
-        num_classes = int(rows.classes_N.max()) + 1
-        network = build_head(LinearHeadConfig(), rows.embeddings_ND.shape[1], num_classes, seed=0)
     settings = TrainingConfig(**config)
-    result = train_network(network, strategy, rows, AdamConfig(learning_rate=rate), settings, reports.append)
+    candidate = Candidate(LinearHeadConfig(), AdamConfig(learning_rate=rate))
+    (trained,) = train_heads([candidate], strategy, rows, settings, reports.append)
+    network, result = trained.network, trained.result
     assert [report["train_loss"] for report in reports] == [epoch.train_loss for epoch in result.history]
     assert all(report["epochs"] == settings.epochs for report in reports)
     return result, network.get_weights()
@@ -136,14 +136,55 @@ def test_digits_are_told_apart_as_well_as_by_scikit_learn() -> None:
     parts = {"train": order[:1257], "validation": order[1257:1437], "test": order[1437:]}
     rows = TrainingRows(pixels_ND.astype(np.float32), classes_N, parts["train"], parts["validation"])
     strategy = open_strategy(OneDevice())
-    with strategy.scope():
-        network = build_head(LinearHeadConfig(), 64, 10, seed=0)
     config = TrainingConfig(epochs=20, batch_size=128)
-    train_network(network, strategy, rows, AdamConfig(learning_rate=0.03), config, lambda report: None)
-    ours = accuracy(compile_logits(network)(rows.embeddings_ND[parts["test"]]), classes_N[parts["test"]])
+    tried = [Candidate(LinearHeadConfig(), AdamConfig(learning_rate=0.03))]
+    (trained,) = train_heads(tried, strategy, rows, config, lambda report: None)
+    ours = accuracy(
+        compile_logits(trained.network)(rows.embeddings_ND[parts["test"]]), classes_N[parts["test"]]
+    )
     reference = LogisticRegression(solver="newton-cholesky")
     reference.fit(pixels_ND[parts["train"]], classes_N[parts["train"]])
     theirs = reference.score(pixels_ND[parts["test"]], classes_N[parts["test"]])
     print(f"digits, test accuracy: ours {ours:.4f}, scikit-learn {theirs:.4f}")
     assert theirs > 0.9
     assert ours >= theirs - 0.03
+
+
+def test_heads_of_a_grid_stop_each_at_its_own_time_with_its_own_best_weights() -> None:
+    rows = made_rows()
+    config = TrainingConfig(epochs=60, batch_size=16, patience=4)
+    tried = [
+        Candidate(LinearHeadConfig(), AdamConfig(learning_rate=0.2)),
+        Candidate(LinearHeadConfig(), AdamConfig(learning_rate=0.01)),
+        Candidate(MlpHeadConfig(kind="mlp", hidden=(8,)), AdamConfig(learning_rate=0.01)),
+    ]
+    reports: list[dict[str, Any]] = []
+    together = train_heads(tried, open_strategy(OneDevice()), rows, config, reports.append)
+    for one, candidate in zip(together, tried, strict=True):
+        (alone,) = train_heads([candidate], open_strategy(OneDevice()), rows, config, lambda report: None)
+        assert one.result.best_epoch == alone.result.best_epoch
+        assert len(one.result.history) == len(alone.result.history)
+        for ours, theirs in zip(one.result.history, alone.result.history, strict=True):
+            assert ours.validation_loss == pytest.approx(theirs.validation_loss, abs=1e-5)
+        for ours, theirs in zip(one.network.get_weights(), alone.network.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    lengths = [len(one.result.history) for one in together]
+    assert len(set(lengths)) > 1 and len(reports) == max(lengths)
+    leaders = [report["validation_loss"] for report in reports]
+    assert min(leaders) == min(e.validation_loss or 9 for one in together for e in one.result.history)
+
+
+def test_a_head_that_diverges_does_not_take_the_others_with_it() -> None:
+    rows = made_rows()
+    rows.embeddings_ND[:] *= 1e4
+    tried = [
+        Candidate(LinearHeadConfig(), SgdConfig(kind="sgd", learning_rate=1e36)),
+        Candidate(LinearHeadConfig(), AdamConfig(learning_rate=1e-6)),
+    ]
+    config = TrainingConfig(epochs=3, batch_size=16)
+    lost, kept = train_heads(tried, open_strategy(OneDevice()), rows, config, lambda report: None)
+    assert "weights of epoch 0 kept" in lost.result.stopped and not lost.result.history
+    assert len(kept.result.history) == 3
+    assert best_of([lost, kept], tried) == 1
+    with pytest.raises(EngineError, match="every head of the grid is infinite"):
+        best_of([lost], tried[:1])

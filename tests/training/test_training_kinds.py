@@ -21,11 +21,27 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
     assert FitSettings().model_dump() == {
         "task": "single_label",
         "labels": {"uri": None, "key": "key", "label": "label"},
-        "split": {"column": None, "train": 0.8, "validation": 0.1, "test": 0.1, "seed": 0},
+        "split": {"column": None, "group": None, "train": 0.8, "validation": 0.1, "test": 0.1, "seed": 0},
         "head": {"kind": "linear"},
-        "optimizer": {"kind": "adam", "learning_rate": 0.001, "weight_decay": 0.0},
-        "training": {"epochs": 100, "batch_size": 256, "patience": 3, "class_weights": "none", "seed": 0},
+        "optimizer": {
+            "kind": "adam",
+            "learning_rate": 0.001,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "warmup_epochs": 0.0,
+        },
+        "training": {
+            "epochs": 100,
+            "batch_size": 256,
+            "patience": 3,
+            "class_weights": "none",
+            "label_smoothing": 0.0,
+            "standardise": True,
+            "seed": 0,
+        },
+        "grid": {"learning_rate": (), "weight_decay": (), "dropout": (), "head": ()},
         "calibration": {"kind": "temperature", "precisions": (0.9, 0.95, 0.99)},
+        "suspects": {"folds": 5},
         "strategy": {"kind": "mirrored", "workers": 1, "devices_per_worker": None},
     }
 
@@ -37,10 +53,14 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
         ({"head": {"kind": "liner"}}, "'linear'"),
         ({"strategy": {"kind": "mirored"}}, "'one_device', 'mirrored'"),
         ({"strategy": {"kind": "mirrored", "workers": 2}}, "strategy.mirrored.workers: found 2"),
-        ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate: found 0"),
+        ({"optimizer": {"learning_rate": 0}}, "optimizer.adam.learning_rate: found 0"),
         ({"training": {"class_weights": "balance"}}, "'none' or 'balanced'"),
         ({"training": {"epoch": 5}}, "did you mean 'epochs'?"),
         ({"task": "multi_label"}, "'single_label'"),
+        ({"suspects": {"folds": 1}}, "at least 2"),
+        ({"grid": {"learning_rate": [0.0]}}, "grid.learning_rate"),
+        ({"head": {"kind": "mlp", "dropout": 1}}, "dropout"),
+        ({"optimizer": {"kind": "adan"}}, "'adam', 'adamw', 'sgd'"),
     ],
 )
 def test_a_wrong_block_is_refused_with_what_is_allowed(wrong: dict[str, Any], message: str) -> None:
