@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from engine.errors import EXIT_DONE, EngineError, Interrupted, RecipeError
+from engine.errors import EXIT_DONE, BundleError, EngineError, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from engine.storage import StorageConfig
@@ -47,6 +47,13 @@ Overrides = Annotated[
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Print what would be done and touch nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON summary as the last line of stdout.")]
+
+
+EndpointUrl = Annotated[str | None, typer.Option(help="Address of an S3-compatible store.")]
+Region = Annotated[str | None, typer.Option(help="Region of the bucket.")]
+Anonymous = Annotated[
+    bool, typer.Option("--anonymous", help="Send requests without keys, for public buckets.")
+]
 
 
 class PoolingName(StrEnum):
@@ -123,11 +130,9 @@ def verify(
             help="With --source: which objects are shards, as in the recipe; the table does not keep it."
         ),
     ] = None,
-    endpoint_url: Annotated[str | None, typer.Option(help="Address of an S3-compatible store.")] = None,
-    region: Annotated[str | None, typer.Option(help="Region of the bucket.")] = None,
-    anonymous: Annotated[
-        bool, typer.Option("--anonymous", help="Send requests without keys, for public buckets.")
-    ] = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     as_json: Json = False,
 ) -> None:
     """Read a whole table again and name all that is not as it should be; exit 1 on any damage.
@@ -135,13 +140,31 @@ def verify(
     Leftovers (nobody needs them) and unfinished work (the next job does it) are listed, and are no damage. Nothing is
     changed. Keys for S3 come from the usual AWS environment or role.
     """
-    from engine.config import check_recipe
-    from engine.storage import StorageConfig
+    storage = _storage("verify", endpoint_url, region, anonymous)
+    _verify(table, storage, source or pattern is not None, pattern, as_json)
 
-    options = {"endpoint_url": endpoint_url, "region": region, "anonymous": anonymous}
-    _verify(
-        table, check_recipe(StorageConfig, options, "verify"), source or pattern is not None, pattern, as_json
-    )
+
+@app.command()
+def inspect(
+    uri: Annotated[str, typer.Argument(help="URI of a bundle, a table or a folder of files.")],
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Say what lies at a URI: a bundle and how good it is, a table and how far it is, or files.
+
+    Reads records and listings; of a bundle each file, whose sha-256 is checked. Keys for S3 come from the usual AWS
+    environment or role.
+    """
+    from engine.inspection import inspect_uri
+    from engine.storage import open_store
+
+    store = open_store(uri, _storage("inspect", endpoint_url, region, anonymous))
+    facts = inspect_uri(store)
+    _print_facts(facts, as_json)
+    if facts.get("damaged"):
+        raise BundleError(f"{uri}: the bundle is damaged", found=", ".join(facts["damaged"]))
 
 
 @app.command()
@@ -246,6 +269,14 @@ def _run_job(
         raise outcome.verdict
 
 
+def _storage(verb: str, endpoint_url: str | None, region: str | None, anonymous: bool) -> StorageConfig:
+    from engine.config import check_recipe
+    from engine.storage import StorageConfig
+
+    options = {"endpoint_url": endpoint_url, "region": region, "anonymous": anonymous}
+    return check_recipe(StorageConfig, options, verb)
+
+
 FINDINGS_SHOWN = 20  # of each group on a terminal
 FINDINGS_IN_JSON = 1000  # of each group; the counts are of all
 
@@ -307,7 +338,13 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value:,}" if type(value) is int else f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {_in_words(value)}")
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 if __name__ == "__main__":

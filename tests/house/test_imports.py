@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("embedder", "training", "predictor"),
     ("runtime_choice", "resolution_cache", "extraction", "scoring"),
     ("resolve",),
-    ("accounting", "cluster_head", "plan", "sizing", "verification"),
+    ("accounting", "cluster_head", "inspection", "plan", "sizing", "verification"),
     ("on_ray", "this_machine"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

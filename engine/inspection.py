@@ -1,0 +1,149 @@
+"""What lies at a URI, in a screenful: a bundle, a table, or files. Reads records and listings, no rows.
+
+Not for: whether a table is whole (`engine.verification`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from engine.errors import BundleError, ObjectNotFound, TableDamaged
+from engine.heads.bundle import MANIFEST, Bundle, open_bundle
+from engine.parts import TableProgress
+from engine.storage import Store
+from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER
+
+CLASSES_SHOWN = 12
+EXAMPLES = 3
+_DAMAGED = "DAMAGED"
+# Of a table's record, those fields that it has, in this order.
+_OF_RECORD = (
+    "schema_version",
+    "engine_version",
+    "created",
+    "source_uri",
+    "bundle_uri",
+    "bundle",
+    "fingerprint",
+    "width",
+)
+
+
+def inspect_uri(store: Store) -> dict[str, Any]:
+    """Facts by name, in the order in which they are best read.
+
+    Raises:
+        BundleError, TableDamaged: there is one, and it cannot be read.
+        ObjectNotFound: nothing lies there.
+        StorageError: the store cannot be read.
+    """
+    for name, inspect in ((MANIFEST, _inspect_bundle), (RECORD_NAME, _inspect_table)):
+        try:
+            store.info(name)
+        except ObjectNotFound:
+            continue
+        return inspect(store)
+    return _inspect_files(store)
+
+
+def _inspect_bundle(store: Store) -> dict[str, Any]:
+    bundle = open_bundle(store)
+    manifest = bundle.manifest
+    files = {role: _state(bundle, role) for role in manifest.files}
+    damaged = [role for role, state in files.items() if state.startswith(_DAMAGED)]
+    metrics = bundle.document("metrics") if "metrics" not in damaged else {}
+    suspects = bundle.document("suspects") if "suspects" in set(files) - set(damaged) else None
+    shown = manifest.classes[:CLASSES_SHOWN]
+    more = len(manifest.classes) - len(shown)
+    return {
+        "kind": "bundle",
+        "uri": store.uri,
+        "id": bundle.id,
+        "created": manifest.created,
+        "task": manifest.task,
+        "classes": ", ".join(shown) + (f" and {more:,} more" if more else ""),
+        "head": manifest.head.model_dump(mode="json"),
+        "width": manifest.width,
+        "fingerprint": manifest.fingerprint,
+        "temperature": manifest.calibration.temperature,
+        "validation": _figures(metrics.get("validation")),
+        "test": _figures(metrics.get("test")),
+        "heads_tried": len(metrics.get("grid", [None])),
+        "suspect_labels": suspects and len(suspects["suspects"]),
+        "files": files,
+        "damaged": damaged,
+        "versions": manifest.versions,
+    }
+
+
+def _figures(split: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Rows, and the single numbers, of a split in metrics.json."""
+    return split and {name: value for name, value in split.items() if isinstance(value, int | float)}
+
+
+def _state(bundle: Bundle, role: str) -> str:
+    file = bundle.manifest.files[role]
+    try:
+        bundle.read(role)
+    except BundleError as error:
+        return f"{_DAMAGED} {file.path}: {error.found}"
+    return f"{file.path}, {file.size_bytes:,} bytes"
+
+
+def _inspect_table(store: Store) -> dict[str, Any]:
+    try:
+        record = json.loads(store.read(RECORD_NAME))
+        facts = {"kind": f"table of {record['kind']}", "uri": store.uri}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TableDamaged(f"{store.uri}/{RECORD_NAME}: not a table record", found=repr(error)) from None
+    facts |= {name: record[name] for name in _OF_RECORD if record.get(name) is not None}
+    if "backbone" in record:
+        facts["backbone"], facts["runtime"] = record["backbone"], record.get("runtime")
+    listed = list(store.list(DATA_FOLDER))
+    progress = TableProgress.of_paths((info.path for info in listed), DATA_FOLDER)
+    whole = sum(any(one.is_complete for one in versions.values()) for versions in progress.values())
+    return {
+        **facts,
+        "shards": len(progress),
+        "shards_complete": whole,
+        "parts": len(listed),
+        "bytes": sum(info.size for info in listed),
+        "parts_with_rejects": sum(1 for _ in store.names(REJECTS_FOLDER)),
+    }
+
+
+def _inspect_files(store: Store) -> dict[str, Any]:
+    count = size = 0
+    endings: Counter[str] = Counter()
+    examples: list[str] = []
+    for info in store.list():
+        count, size = count + 1, size + info.size
+        endings[_ending(info.path)] += 1
+        if len(examples) < EXAMPLES:
+            examples.append(info.path)
+    if not count:
+        raise ObjectNotFound(
+            f"{store.uri}: nothing here",
+            wanted=f"a bundle ({MANIFEST}), a table ({RECORD_NAME}) or files",
+            way_out="check the URI",
+        )
+    return {
+        "kind": "files",
+        "uri": store.uri,
+        "files": count,
+        "bytes": size,
+        "endings": dict(endings.most_common(EXAMPLES * 2)),
+        "examples": examples,
+    }
+
+
+def _ending(path: str) -> str:
+    """With what was done to it, as in .tar.gz."""
+    parts = path.rpartition("/")[2].lower().split(".")
+    return (
+        "." + ".".join(parts[-2:] if parts[-1] in ("gz", "zst", "bz2") else parts[-1:])
+        if parts[1:]
+        else "none"
+    )
