@@ -20,20 +20,25 @@ _TOLERANCE = 1e-9
 def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64]) -> float:
     """The T in [0.05, 20] for which softmax(logits / T) has the lowest mean cross-entropy; 1.0 without rows.
 
-    Guo et al., On Calibration of Modern Neural Networks (2017), section 4.2. The loss is convex in 1 / T, so Newton's
-    method is used there, inside a bracket. Where every row is right the loss falls for ever, and T is the lowest.
+    Guo et al., On Calibration of Modern Neural Networks (2017), section 4.2. A label is believed with 1 - 1 / (V + 2)
+    only, the rest being that of all other classes, as in Platt, Probabilistic Outputs for Support Vector Machines
+    (1999), section 2.2: where a few rows are all right, nothing else would keep confidences from 1. The loss is convex
+    in 1 / T, so Newton's method is used there, inside a bracket.
     """
     if not len(classes_V):
         return 1.0
+    doubt = 1 / (len(classes_V) + 2)
     shifted_VK = logits_VK.astype(np.float64)
     shifted_VK -= shifted_VK.max(axis=1, keepdims=True)
     own_V = np.take_along_axis(shifted_VK, classes_V[:, None], axis=1)[:, 0]
+    others_V = (shifted_VK.sum(axis=1) - own_V) / (shifted_VK.shape[1] - 1)
+    aimed_V = (1 - doubt) * own_V + doubt * others_V
     low, high, inverse = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE, 1.0
     for _ in range(_STEPS):
         raised_VK = np.exp(inverse * shifted_VK)
         raised_VK /= raised_VK.sum(axis=1, keepdims=True)
         mean_V = (raised_VK * shifted_VK).sum(axis=1)
-        slope = float((mean_V - own_V).mean())
+        slope = float((mean_V - aimed_V).mean())
         curvature = float(((raised_VK * shifted_VK**2).sum(axis=1) - mean_V**2).mean())
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         newton = inverse - slope / curvature if curvature > 0 else low

@@ -123,7 +123,7 @@ class TrainingConfig(Config):
     same. Validation and test stay unweighted."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each training row's weight that is spread evenly over all classes (Szegedy et al., 2016, section 7)."""
-    standardise: bool = True
+    standardise: bool = False
     """Train on embeddings whose every number has mean 0 and deviation 1 over the training rows. The published head
     takes embeddings as they are: what was done to them becomes part of its weights."""
     seed: int = Field(default=0, ge=0)

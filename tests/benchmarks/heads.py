@@ -37,7 +37,7 @@ from tests.benchmarks.throughput import REPOSITORY, _result_path, machine_facts
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
-TRAINING = {"epochs": 30, "batch_size": 512, "patience": 3}
+TRAINING = {"epochs": 30, "batch_size": 512, "patience": 3, "standardise": True}
 TWELVE = {"learning_rate": [0.0003, 0.001, 0.003], "weight_decay": [0.0, 0.03, 0.1, 0.3]}
 SIDE_PX, WINDOWS = 96, 8
 

@@ -38,8 +38,8 @@ def test_the_temperature_is_the_one_of_lowest_loss_and_makes_confidences_honest(
     reference = minimize_scalar(
         lambda inverse: cross_entropy(inverse * logits_NK, classes_N), bounds=(0.05, 20), method="bounded"
     )
-    assert found == pytest.approx(1 / reference.x, rel=1e-3)
-    assert cross_entropy(logits_NK / found, classes_N) <= reference.fun + 1e-9
+    assert found == pytest.approx(1 / reference.x, rel=0.01)  # it doubts each label by 1 in 20,002
+    assert cross_entropy(logits_NK / found, classes_N) <= reference.fun + 1e-4
     assert found == pytest.approx(too_hot, rel=0.05)
     fresh_NK, fresh_classes_N = overconfident(20_000, too_hot, seed=1)
     confidences_N = softmax(fresh_NK / found).max(axis=1)
@@ -49,7 +49,10 @@ def test_the_temperature_is_the_one_of_lowest_loss_and_makes_confidences_honest(
 
 def test_where_nothing_can_be_learned_the_temperature_stays_within_bounds() -> None:
     always_right = 3 * np.eye(4, dtype=np.float32)
-    assert fit_temperature(always_right, np.arange(4)) == pytest.approx(MIN_TEMPERATURE, rel=1e-3)
+    sure = softmax(always_right / fit_temperature(always_right, np.arange(4))).max(axis=1)
+    assert sure == pytest.approx([1 - 1 / 6] * 4, abs=1e-6)  # four rows do not show that it is never wrong
+    blurred = fit_temperature(0.001 * always_right, np.arange(4))
+    assert blurred == pytest.approx(MIN_TEMPERATURE, rel=1e-3)
     always_wrong = fit_temperature(-always_right, np.arange(4))
     assert always_wrong == pytest.approx(MAX_TEMPERATURE, rel=1e-3)
     assert fit_temperature(np.zeros((3, 2), np.float32), np.array([0, 1, 1])) > 0

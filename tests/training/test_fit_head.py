@@ -205,8 +205,9 @@ def test_numbers_of_any_scale_are_learned_from_and_the_bundle_takes_them_as_they
     embedding = pa.array(list(rows_ND.astype(np.float32)), table.schema.field("embedding").type)
     odd = table.set_column(column, table.schema.field("embedding"), embedding)
     _, plain = fit(table, tmp_path / "plain")
-    _, metrics = fit(odd, tmp_path / "standardised")
-    _, raw = fit(odd, tmp_path / "raw", training={"epochs": 20, "batch_size": 32, "standardise": False})
+    training = {"epochs": 20, "batch_size": 32}
+    _, metrics = fit(odd, tmp_path / "standardised", training={**training, "standardise": True})
+    _, raw = fit(odd, tmp_path / "raw", training=training)
     assert metrics["test"]["accuracy"] >= plain["test"]["accuracy"] - 0.04
     assert metrics["validation"]["loss"] < raw["validation"]["loss"] - 0.1
     answers = Predictor(open_bundle(open_store(str(tmp_path / "standardised"))), 1).predict_table(odd)

@@ -36,7 +36,7 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
             "patience": 3,
             "class_weights": "none",
             "label_smoothing": 0.0,
-            "standardise": True,
+            "standardise": False,
             "seed": 0,
         },
         "grid": {"learning_rate": (), "weight_decay": (), "dropout": (), "head": ()},
