@@ -142,7 +142,8 @@ def test_a_bundle_answers_with_the_confidences_and_thresholds_that_its_metrics_p
         calibration={"kind": "none"},
     )
     assert open_bundle(open_store(str(tmp_path / "as-trained"))).manifest.calibration.temperature == 1.0
-    assert as_trained["validation"]["loss"] > metrics["validation"]["loss"]
+    before = metrics["calibration"]["calibration_error_before"]
+    assert {name: as_trained[name]["calibration_error"] for name in before} == pytest.approx(before)
     assert as_trained["test"]["accuracy"] == metrics["test"]["accuracy"]
 
 
