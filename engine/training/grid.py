@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, RecipeError
 from engine.heads.kinds import AnyHeadConfig, MlpHeadConfig
-from engine.training.kinds import AdamConfig, AdamWConfig, FitSettings, SgdConfig
+from engine.training.kinds import AnyOptimizerConfig, FitSettings
 
 if TYPE_CHECKING:
     from engine.training.loop import Trained
@@ -23,7 +23,7 @@ class Candidate:
     """A head and how it is trained."""
 
     head: AnyHeadConfig
-    optimizer: AdamConfig | AdamWConfig | SgdConfig
+    optimizer: AnyOptimizerConfig
 
     def to_json(self) -> dict[str, Any]:
         """For metrics.json."""

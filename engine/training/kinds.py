@@ -101,8 +101,9 @@ class SgdConfig(_OptimizerConfig):
     """Whether the gradient is taken where the momentum leads to."""
 
 
+AnyOptimizerConfig = AdamConfig | AdamWConfig | SgdConfig
 OptimizerConfig = Annotated[
-    AdamConfig | AdamWConfig | SgdConfig,
+    AnyOptimizerConfig,
     Field(discriminator="kind"),
     BeforeValidator(lambda found: {"kind": "adam"} | found if isinstance(found, dict) else found),
 ]

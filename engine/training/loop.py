@@ -20,7 +20,7 @@ from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.training import metrics
 from engine.training.grid import Candidate
-from engine.training.kinds import OptimizerConfig, TrainingConfig
+from engine.training.kinds import AnyOptimizerConfig, TrainingConfig
 from engine.training.step import Learner, build_optimizer, compile_steps, hold_rows
 
 Report = Callable[[dict[str, Any]], None]
@@ -290,7 +290,7 @@ def row_weights(
     return weights_N
 
 
-def _diverged(epoch: int, loss: float, optimizer: OptimizerConfig) -> EngineError:
+def _diverged(epoch: int, loss: float, optimizer: AnyOptimizerConfig) -> EngineError:
     return EngineError(
         f"training: the loss is {loss} in epoch {epoch}",
         found=f"optimizer.learning_rate {optimizer.learning_rate}",

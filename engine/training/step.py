@@ -17,7 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from engine.heads.base import Head
-from engine.training.kinds import AdamConfig, AdamWConfig, SgdConfig
+from engine.training.kinds import AnyOptimizerConfig, SgdConfig
 
 Steps = Callable[[int, NDArray[np.int64], NDArray[np.float32]], tf.Tensor]
 
@@ -31,9 +31,7 @@ class Learner:
     optimizer: keras.Optimizer
 
 
-def build_optimizer(
-    config: AdamConfig | AdamWConfig | SgdConfig, steps_per_epoch: int, epochs: int
-) -> keras.Optimizer:
+def build_optimizer(config: AnyOptimizerConfig, steps_per_epoch: int, epochs: int) -> keras.Optimizer:
     """The recipe's optimizer; call it inside the strategy's scope.
 
     Args:
@@ -51,7 +49,7 @@ def build_optimizer(
 
 
 def _learning_rate(
-    config: AdamConfig | AdamWConfig | SgdConfig, steps_per_epoch: int, epochs: int
+    config: AnyOptimizerConfig, steps_per_epoch: int, epochs: int
 ) -> float | keras.optimizers.schedules.LearningRateSchedule:
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "constant" and not warmup:
