@@ -67,7 +67,7 @@ def _inspect_bundle(store: Store) -> dict[str, Any]:
         "head": manifest.head.model_dump(mode="json"),
         "width": manifest.width,
         "fingerprint": manifest.fingerprint,
-        "temperature": manifest.calibration.temperature,
+        "calibration": manifest.calibration.model_dump(mode="json"),
         "validation": _figures(metrics.get("validation")),
         "test": _figures(metrics.get("test")),
         "heads_tried": len(metrics.get("grid", [None])),

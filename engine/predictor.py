@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.errors import TableDamaged
 from engine.heads.bundle import Bundle
+from engine.heads.confidence import softmax
 from engine.schema import predictions_schema
 from engine.tables import embeddings_matrix
 
@@ -51,18 +52,18 @@ class Predictor:
         self.min_confidence = min_confidence
         self.schema = predictions_schema(self.top_k)
         self._width = bundle.manifest.width
-        self._temperature = np.float32(bundle.manifest.calibration.temperature)
+        self._calibration = bundle.manifest.calibration
         self._logits = _logits_function(bundle)
 
     def probabilities(self, embeddings_BD: NDArray[np.floating[Any]]) -> Floats:
-        """Softmax of the head's logits over the bundle's temperature: (B, D) float32 or float16 to (B, K) float32.
+        """Softmax of the head's logits as the bundle calibrates them: (B, D) float32 or float16 to (B, K) float32.
 
         Raises:
             ValueError: the rows are not D numbers wide.
         """
         if embeddings_BD.ndim != 2 or embeddings_BD.shape[1] != self._width:
             raise ValueError(f"embeddings of shape {embeddings_BD.shape}, wanted (B, {self._width})")
-        return softmax(self._logits(embeddings_BD.astype(np.float32, copy=False)) / self._temperature)
+        return softmax(self._calibration.apply(self._logits(embeddings_BD.astype(np.float32, copy=False))))
 
     def predict(self, embeddings_BD: NDArray[np.floating[Any]]) -> Predictions:
         """The top classes of each row, and whether the best is good enough.
@@ -105,13 +106,6 @@ class Predictor:
 
     def _lists(self, name: str, values: pa.Array) -> pa.FixedSizeListArray:
         return pa.FixedSizeListArray.from_arrays(values, type=self.schema.field(name).type)
-
-
-def softmax(logits_BK: Floats) -> Floats:
-    """Rows of exp(logits) that sum to 1; shifted by their maximum, so that nothing overflows."""
-    raised_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
-    probabilities_BK: Floats = raised_BK / raised_BK.sum(axis=1, keepdims=True)
-    return probabilities_BK
 
 
 def top_k(values_BK: Floats, k: int) -> tuple[NDArray[np.int64], Floats]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import BundleError, ObjectNotFound, TableDamaged
-from engine.heads.bundle import Calibration, TrainedHead, publish_bundle
+from engine.heads.bundle import TrainedHead, publish_bundle
+from engine.heads.confidence import Calibration
 from engine.heads.kinds import LinearHeadConfig, build_head
 from engine.inspection import inspect_uri
 from engine.parts import part_name
@@ -37,7 +38,8 @@ def publish(folder: Path, num_classes: int = 3) -> Store:
 
 def test_a_bundle_is_told_with_its_worth_and_its_files(tmp_path: Path) -> None:
     facts = inspect_uri(publish(tmp_path, num_classes=30))
-    assert (facts["kind"], facts["width"], facts["temperature"]) == ("bundle", 7, 1.5)
+    assert (facts["kind"], facts["width"]) == ("bundle", 7)
+    assert facts["calibration"] == {"temperature": 1.5, "entropy_exponent": 0.0}
     assert facts["classes"].startswith("class00, class01") and facts["classes"].endswith("and 18 more")
     assert facts["test"] == {"rows": 9, "accuracy": 0.75, "roc_auc": 0.5}
     assert (facts["validation"], facts["heads_tried"], facts["suspect_labels"]) == (None, 2, 1)

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.errors import TableDamaged
-from engine.heads.bundle import Bundle, Calibration, TrainedHead, publish_bundle
+from engine.heads.bundle import Bundle, TrainedHead, publish_bundle
+from engine.heads.confidence import Calibration
 from engine.heads.kinds import LinearHeadConfig, build_head
 from engine.predictor import TOP_K_BY_PASSES, Predictor, top_k
 from engine.schema import predictions_schema

@@ -35,6 +35,7 @@ from pydantic import Field, ValidationError
 from engine.config import Config, stable_hash
 from engine.errors import BundleError, ContractMismatch, ObjectNotFound
 from engine.heads.base import AffineMap
+from engine.heads.confidence import Calibration
 from engine.heads.kinds import AnyHeadConfig, CustomHeadConfig, HeadConfig, open_head
 from engine.storage import Store
 
@@ -55,13 +56,6 @@ class BundleFile(Config):
     """Of the file's bytes, hex."""
     size_bytes: int = Field(ge=0)
     """Size of the file."""
-
-
-class Calibration(Config):
-    """How logits become probabilities."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by it before the softmax; 1 leaves them as trained."""
 
 
 class Manifest(Config):
@@ -346,7 +340,10 @@ def _described(name: str, content: bytes) -> BundleFile:
 
 def _bundle_id(manifest: Manifest) -> str:
     """16 hex digits over the fields that decide a prediction; not when, by what, or how well it was made."""
-    return stable_hash(manifest.model_dump(mode="json", exclude={"files", "versions", "created"}))[:16]
+    fields = manifest.model_dump(mode="json", exclude={"files", "versions", "created"})
+    if not manifest.calibration.entropy_exponent:
+        del fields["calibration"]["entropy_exponent"]  # bundles from before there was one keep their ids
+    return stable_hash(fields)[:16]
 
 
 def _tensors_sha256(network: keras.Model) -> str:

@@ -1,4 +1,4 @@
-"""Confidences that mean what they say: one temperature for all logits, and thresholds for a wished precision.
+"""Confidences that mean what they say: a temperature of the logits, and thresholds for a wished precision.
 
 Both are fitted on validation rows; how well they hold is told on rows that neither has seen. Shape letters: V
 validation rows, N rows, K classes.
@@ -7,14 +7,18 @@ validation rows, N rows, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.heads.confidence import Calibration, log_entropy
+from engine.training.lbfgs import Lbfgs
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 _STEPS = 100  # Newton needs about eight; halving what is left ends long before this
 _TOLERANCE = 1e-9
+_LOG_TEMPERATURES = (-6.0, 6.0)  # of a row; what lies beyond is a search that has lost its way
 
 
 def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64]) -> float:
@@ -27,12 +31,7 @@ def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.
     """
     if not len(classes_V):
         return 1.0
-    doubt = 1 / (len(classes_V) + 2)
-    shifted_VK = logits_VK.astype(np.float64)
-    shifted_VK -= shifted_VK.max(axis=1, keepdims=True)
-    own_V = np.take_along_axis(shifted_VK, classes_V[:, None], axis=1)[:, 0]
-    others_V = (shifted_VK.sum(axis=1) - own_V) / (shifted_VK.shape[1] - 1)
-    aimed_V = (1 - doubt) * own_V + doubt * others_V
+    shifted_VK, aimed_V = _aimed(logits_VK, classes_V)
     low, high, inverse = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE, 1.0
     for _ in range(_STEPS):
         raised_VK = np.exp(inverse * shifted_VK)
@@ -47,6 +46,66 @@ def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.
             break
         inverse = following
     return 1.0 / inverse
+
+
+def calibrate(
+    kind: Literal["adaptive", "temperature", "none"],
+    logits_VK: NDArray[np.floating[Any]],
+    classes_V: NDArray[np.int64],
+) -> Calibration:
+    """What validation rows ask for; nothing without rows.
+
+    Linear heads are often too modest where classes are close and too sure where they are not, which no one temperature
+    mends. `adaptive` makes log T linear in the log of the row's entropy (after Balanya, Maronas and Ramos, Adaptive
+    Temperature Scaling for Robust Calibration of Deep Neural Networks, 2022), if that explains the rows better by
+    Schwarz's criterion (1978); else it is `temperature`.
+    """
+    if kind == "none" or not len(classes_V):
+        return Calibration()
+    plain = Calibration(temperature=fit_temperature(logits_VK, classes_V))
+    return _with_exponent(logits_VK, classes_V, plain) if kind == "adaptive" else plain
+
+
+def _with_exponent(
+    logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64], plain: Calibration
+) -> Calibration:
+    """Fit both numbers; the plain calibration where the second one is not worth having."""
+    shifted_VK, aimed_V = _aimed(logits_VK, classes_V)
+    hesitation_V = log_entropy(logits_VK.astype(np.float64))
+
+    def loss_and_gradient(point_2: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        inverse_V = np.exp(-np.clip(point_2[0] + point_2[1] * hesitation_V, *_LOG_TEMPERATURES))
+        raised_VK = np.exp(inverse_V[:, None] * shifted_VK)
+        sums_V = raised_VK.sum(axis=1)
+        mean_V = (raised_VK * shifted_VK).sum(axis=1) / sums_V
+        loss = float((np.log(sums_V) - inverse_V * aimed_V).mean() + point_2[1] ** 2 / (2 * len(classes_V)))
+        slopes_V = inverse_V * (aimed_V - mean_V)
+        pull = point_2[1] / len(classes_V)
+        return loss, np.array([slopes_V.mean(), (slopes_V * hesitation_V).mean() + pull])
+
+    start_2 = np.array([np.log(plain.temperature), 0.0])
+    descent = Lbfgs(start_2, history=4)
+    for _ in range(_STEPS):
+        while not descent.tell(*loss_and_gradient(descent.asked)):
+            pass
+        if descent.steepest <= _TOLERANCE:
+            break
+    gained = 2 * len(classes_V) * (loss_and_gradient(start_2)[0] - descent.loss)
+    if not gained > np.log(len(classes_V)):
+        return plain
+    return Calibration(temperature=float(np.exp(descent.at_P[0])), entropy_exponent=float(descent.at_P[1]))
+
+
+def _aimed(
+    logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Logits below the row's largest, and what of them the labels ask for, doubted as `fit_temperature` says."""
+    doubt = 1 / (len(classes_V) + 2)
+    shifted_VK = logits_VK.astype(np.float64)
+    shifted_VK -= shifted_VK.max(axis=1, keepdims=True)
+    own_V = np.take_along_axis(shifted_VK, classes_V[:, None], axis=1)[:, 0]
+    others_V = (shifted_VK.sum(axis=1) - own_V) / (shifted_VK.shape[1] - 1)
+    return shifted_VK, (1 - doubt) * own_V + doubt * others_V
 
 
 @dataclass(frozen=True, slots=True)

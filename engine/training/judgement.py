@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.training.calibration import fit_temperature, threshold_for
+from engine.heads.confidence import Calibration, softmax
+from engine.training.calibration import calibrate, threshold_for
 from engine.training.kinds import CalibrationConfig
-from engine.training.metrics import calibration_error, evaluate, reliability_bins, softmax
+from engine.training.metrics import calibration_error, evaluate, reliability_bins
 
 JUDGED = ("validation", "test")
 MISTAKES_SHOWN = 20
@@ -41,12 +42,12 @@ class Judgement:
     """What goes into a bundle.
 
     Attributes:
-        temperature: of the calibration; 1 leaves logits as they are.
-        metrics: validation and test as `evaluate` gives them at that temperature (None without rows), calibration,
+        calibration: what was found.
+        metrics: validation and test as `evaluate` gives them with it (None without rows), calibration,
             most_confident_mistakes.
     """
 
-    temperature: float
+    calibration: Calibration
     metrics: dict[str, Any]
 
 
@@ -60,23 +61,21 @@ def judge(
         class_names: K names in the order of the logits.
     """
     validation = splits["validation"]
-    temperature = 1.0
-    if config.kind == "temperature":
-        temperature = fit_temperature(validation.logits_NK, validation.classes_N)
-    calibrated = {name: rows.logits_NK / temperature for name, rows in splits.items()}
+    calibration = calibrate(config.kind, validation.logits_NK, validation.classes_N)
+    calibrated = {name: calibration.apply(rows.logits_NK) for name, rows in splits.items()}
     metrics: dict[str, Any] = {
         name: evaluate(calibrated[name], splits[name].classes_N, class_names) for name in JUDGED
     }
     metrics["calibration"] = {
         "kind": config.kind,
-        "temperature": temperature,
+        **calibration.model_dump(mode="json"),
         "calibration_error_before": {
             name: _calibration_error(splits[name].logits_NK, splits[name].classes_N) for name in JUDGED
         },
         "suggested_min_confidence": _suggestions(splits, calibrated, config.precisions),
     }
     metrics["most_confident_mistakes"] = _mistakes(splits, calibrated, class_names)
-    return Judgement(temperature, metrics)
+    return Judgement(calibration, metrics)
 
 
 def _calibration_error(logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.int64]) -> float | None:
@@ -87,9 +86,11 @@ def _calibration_error(logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[
 
 def _answers(
     logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]:
     """Confidence of each answer, and whether it is right."""
-    return softmax(logits_NK).max(axis=1, initial=0.0), logits_NK.argmax(axis=1) == classes_N
+    return softmax(logits_NK.astype(np.float64)).max(axis=1, initial=0.0), logits_NK.argmax(
+        axis=1
+    ) == classes_N
 
 
 def _suggestions(

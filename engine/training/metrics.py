@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.heads.confidence import softmax
+
 Logits = NDArray[np.floating[Any]]
 ClassNumbers = NDArray[np.int64]
 TOP_K = 3  # of the `top_3_accuracy` that summaries show
@@ -29,7 +31,7 @@ def evaluate(logits_NK: Logits, classes_N: ClassNumbers, class_names: Sequence[s
     """
     if len(classes_N) == 0:
         return None
-    probabilities_NK = softmax(logits_NK)
+    probabilities_NK = softmax(logits_NK.astype(np.float64))
     confidences_N = probabilities_NK.max(axis=1)
     is_right_N = logits_NK.argmax(axis=1) == classes_N
     areas_K = roc_auc(probabilities_NK, classes_N)
@@ -109,13 +111,6 @@ def class_report(
 
 def _ratio(numerator_K: NDArray[np.int64], denominator_K: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.divide(numerator_K, denominator_K, out=np.zeros(len(numerator_K)), where=denominator_K > 0)
-
-
-def softmax(logits_NK: Logits) -> NDArray[np.float64]:
-    """Probabilities in float64, (N, K)."""
-    raised_NK = np.exp(logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True))
-    probabilities_NK: NDArray[np.float64] = raised_NK / raised_NK.sum(axis=1, keepdims=True)
-    return probabilities_NK
 
 
 def roc_auc(scores_NK: Logits, classes_N: ClassNumbers) -> list[float | None]:

@@ -12,8 +12,9 @@ import pytest
 
 from engine.errors import BundleError, RecipeError
 from engine.heads.bundle import TrainedHead, open_bundle, publish_bundle
+from engine.heads.confidence import softmax
 from engine.heads.kinds import CustomHeadConfig, build_head, open_head
-from engine.predictor import Predictor, softmax
+from engine.predictor import Predictor
 from engine.storage import open_store
 
 SOURCE = '''

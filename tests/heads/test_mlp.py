@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from engine.config import check_recipe
 from engine.heads.bundle import TrainedHead, open_bundle, publish_bundle
+from engine.heads.confidence import softmax
 from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig, build_head, open_head
-from engine.predictor import Predictor, softmax
+from engine.predictor import Predictor
 from engine.storage import open_store
 
 CONFIG = MlpHeadConfig(kind="mlp", hidden=(9, 5), dropout=0.5)

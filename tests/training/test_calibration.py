@@ -9,7 +9,14 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from engine.training.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperature, threshold_for
+from engine.heads.confidence import Calibration, log_entropy, softmax
+from engine.training.calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    calibrate,
+    fit_temperature,
+    threshold_for,
+)
 from engine.training.judgement import JudgedRows, judge
 from engine.training.kinds import CalibrationConfig
 from engine.training.metrics import (
@@ -17,7 +24,6 @@ from engine.training.metrics import (
     coverage_curve,
     cross_entropy,
     reliability_bins,
-    softmax,
 )
 
 Case = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -133,7 +139,7 @@ def test_a_judgement_calibrates_on_validation_and_is_honest_about_test() -> None
         "test": judged(overconfident(4_000, 5.0, 1), "t"),
     }
     found = judge(splits, NAMES, CalibrationConfig(precisions=(0.8, 1.0)))
-    assert found.temperature == pytest.approx(5, rel=0.1)
+    assert found.calibration.temperature == pytest.approx(5, rel=0.1)
     before = found.metrics["calibration"]["calibration_error_before"]
     for name in ("validation", "test"):
         assert found.metrics[name]["calibration_error"] < 0.03
@@ -158,12 +164,66 @@ def test_a_judgement_calibrates_on_validation_and_is_honest_about_test() -> None
 def test_without_calibration_or_without_rows_logits_stay_as_they_are() -> None:
     nothing = judged((np.empty((0, 8), np.float32), np.empty(0, np.int64)), "n")
     some = judged(overconfident(100, 5.0), "s")
-    assert judge({"validation": some, "test": some}, NAMES, CalibrationConfig(kind="none")).temperature == 1.0
+    assert (
+        judge({"validation": some, "test": some}, NAMES, CalibrationConfig(kind="none")).calibration
+        == Calibration()
+    )
     found = judge({"validation": nothing, "test": some}, NAMES, CalibrationConfig())
-    assert found.temperature == 1.0
+    assert found.calibration == Calibration()
     assert found.metrics["calibration"]["suggested_min_confidence"] == []
     assert found.metrics["validation"] is None
     neither = judge({"validation": nothing, "test": nothing}, NAMES, CalibrationConfig())
     assert neither.metrics["most_confident_mistakes"] == []
     without_test = judge({"validation": some, "test": nothing}, NAMES, CalibrationConfig(precisions=(0.5,)))
     assert without_test.metrics["calibration"]["suggested_min_confidence"][0]["test"] is None
+
+
+def bent(rows: int, seed: int) -> Case:
+    """Logits too large where they are far apart and too small where they are not, as of a linear head on mixtures."""
+    logits_NK, classes_N = overconfident(rows, 1.0, seed)
+    return Calibration(temperature=1.0, entropy_exponent=0.6).apply(logits_NK), classes_N
+
+
+def error_of(calibration: Calibration, case: Case) -> float:
+    logits_NK, classes_N = case
+    confidences_N = softmax(calibration.apply(logits_NK)).max(axis=1)
+    return calibration_error(reliability_bins(confidences_N, logits_NK.argmax(axis=1) == classes_N))
+
+
+def test_what_one_temperature_cannot_mend_an_adaptive_one_does() -> None:
+    fitted_on, fresh = bent(6_000, 0), bent(20_000, 1)
+    plain, adaptive = calibrate("temperature", *fitted_on), calibrate("adaptive", *fitted_on)
+    assert plain.entropy_exponent == 0 != adaptive.entropy_exponent
+    assert error_of(plain, fresh) > 0.04
+    assert error_of(adaptive, fresh) < 0.025
+    logits_NK = fresh[0]
+    np.testing.assert_array_equal(
+        np.argsort(-adaptive.apply(logits_NK), axis=1, kind="stable"),
+        np.argsort(-logits_NK, axis=1, kind="stable"),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 30, 300, 20_000])
+def test_where_one_temperature_is_enough_there_is_one(rows: int) -> None:
+    case = overconfident(rows, 2.0)
+    assert calibrate("adaptive", *case) == calibrate("temperature", *case)
+    assert calibrate("none", *case) == Calibration()
+
+
+def test_rows_that_are_all_right_keep_an_adaptive_temperature_finite() -> None:
+    logits_NK = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    found = calibrate("adaptive", logits_NK, logits_NK.argmax(axis=1))
+    assert np.isfinite(softmax(found.apply(logits_NK))).all()
+    assert calibrate("adaptive", logits_NK[:0], np.empty(0, np.int64)) == Calibration()
+
+
+def test_the_entropy_is_exact_where_a_row_is_all_but_sure() -> None:
+    logits_BK = np.array([[0, -12.0, -13.0], [0, 0, 0], [5, -95, -95]])
+    expected_B = [
+        -sum(p * np.log(p) for p in row) / np.log(3) for row in softmax(logits_BK.astype(np.longdouble))
+    ]
+    for dtype in (np.float64, np.float32):
+        found_B = log_entropy(logits_BK.astype(dtype))
+        assert found_B.dtype == dtype
+        assert found_B[:2] == pytest.approx(np.log(np.array(expected_B[:2], float)), abs=1e-5)
+        assert found_B[2] == pytest.approx(np.log(1e-6))
