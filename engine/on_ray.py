@@ -7,11 +7,13 @@ from a stage to the driver (checked in Ray 2.60: the cause of a UserCodeExceptio
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -44,7 +46,7 @@ from engine.extraction import (
     read_parts,
     write_part,
 )
-from engine.sizing import READ_TASK_CPUS, WRITE_TASK_CPUS, WRITER_BYTES, Machines, Sizing
+from engine.sizing import READ_TASK_CPUS, WRITE_TASK_CPUS, WRITER_BYTES, Machines, Sizing, WorkerShare
 from engine.worklist import WorkList
 
 # A part must leave its task as soon as it is ready: at Ray's default of 128 MiB no part moved on for 25 s.
@@ -56,6 +58,7 @@ PARTS_IN_FLIGHT_PER_ACTOR = 2
 # Stages take turns in being idle. Ray's default of one second ended their processes meanwhile, and 8,000 images took
 # 7 s longer for starting others (two cores, 2026-11-22).
 IDLE_WORKER_MS = 600_000
+TRAINING_RESTARTS = 3  # after as many lost workers a training is given up; its checkpoint stays
 _FAILURE = "failure"
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -134,6 +137,8 @@ def machines_of_cluster() -> Machines:
         memory=sum(memory),
         object_store=sum(node.get("object_store_memory", 0.0) for node in workers),
         largest_node_memory=max(memory),
+        node_cpus=tuple(cpus),
+        node_gpus=tuple(gpus),
     )
 
 
@@ -432,50 +437,90 @@ def _ray_errors_translated() -> Iterator[None]:
 
 
 def run_training(
-    function: Callable[[Report], dict[str, Any]],
+    function: Callable[[Report], dict[str, Any] | None],
     on_report: Report,
-    num_cpus: float,
-    num_gpus: float,
+    workers: int,
+    share: WorkerShare,
 ) -> dict[str, Any]:
-    """Run one training worker under Ray Train and return its answer.
+    """Run training workers under Ray Train and return what the first one answers.
+
+    A worker that is lost takes the others with it, and all start again: they find what they need in a checkpoint.
 
     Args:
-        function: the whole training; runs in a worker process with its own TensorFlow. Picklable. What it reports
-            (dicts of numbers) reaches `on_report` here.
+        function: the whole training; runs in a process of its own for each worker. Picklable. What it reports
+            (dicts of numbers) reaches `on_report` here. Of several workers each has TF_CONFIG in its environment.
         on_report: called in order, from another thread; all reports come before the answer.
+        workers: how many.
+        share: what each of them is given.
 
     Raises:
         EngineError: as the function raised it.
-        ClusterError: the worker was lost.
+        ClusterError: workers were lost time and again.
     """
     # Not Ray's TensorflowTrainer: it imports TensorFlow here and in the controller (6 s each), and switches the
     # workers to Keras 2 (TF_USE_LEGACY_KERAS; Ray 2.60).
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend, BackendConfig
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Trainer(DataParallelTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's would end this process with exit code 0 or 1 at Ctrl-C; Python's own raises here."""
 
-    reports = Queue(actor_options={"num_cpus": 0})  # ray.train.report would want a checkpoint with each
+        def _create_default_callbacks(self) -> list[Any]:
+            """Without the cleaner of placement groups: where another Ray runs on the machine, it asks that one whether
+            this training lives, hears no, and ends the workers (Ray 2.60). Ours end with the job."""
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    class Introduced(Backend):
+        def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+            """Tell the workers of each other, before TensorFlow runs in them."""
+            addresses = worker_group.execute(_free_address)
+            for rank in range(len(worker_group)):
+                worker_group.execute_single(rank, _introduce, addresses, rank)
+
+    class AmongSeveral(BackendConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Introduced
+
+    # Beside the driver, without which there is nobody to tell; ray.train.report would want a checkpoint each time.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mail = _Mail.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
     def loop() -> tuple[dict[str, Any] | None, bytes | None]:
+        failure = ray.get(mail.failure.remote())
+        if failure is not None:  # of workers before these: it would come again
+            return None, failure
         try:
-            return function(reports.put), None
+            return function(lambda report: ray.get(mail.put.remote(report))), None
         except EngineError as error:
-            return None, pickle.dumps(error)
+            pickled = pickle.dumps(error)
+            if workers == 1:
+                return None, pickled
+            ray.get(mail.fail.remote(pickled))
+            raise  # the others wait for this one, until Ray ends them
 
     def hand_on_reports() -> None:
-        for report in reports.get_nowait_batch(reports.qsize()):
+        for report in ray.get(mail.take.remote()):
             on_report(report)
 
-    resources = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     with tempfile.TemporaryDirectory(prefix="engine-train-") as scratch, _ray_errors_translated():
         trainer: Any = Trainer(
             loop,
-            scaling_config=ScalingConfig(num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources),
-            run_config=RunConfig(storage_path=scratch, name=f"fit-{int(time.time())}"),
+            backend_config=AmongSeveral() if workers > 1 else BackendConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=share.gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                storage_path=scratch,
+                name=f"fit-{int(time.time())}",
+                failure_config=FailureConfig(max_failures=TRAINING_RESTARTS),
+            ),
         )
         with _again_and_again(hand_on_reports):
             answer, failure = trainer.fit().return_value
@@ -484,6 +529,45 @@ def run_training(
         raise pickle.loads(failure)
     result: dict[str, Any] = answer
     return result
+
+
+@ray.remote
+class _Mail:
+    """What training workers have to tell the driver."""
+
+    def __init__(self) -> None:
+        self._reports: list[dict[str, Any]] = []
+        self._failure: bytes | None = None
+
+    def put(self, report: dict[str, Any]) -> None:
+        self._reports.append(report)
+
+    def take(self) -> list[dict[str, Any]]:
+        """All since the last time."""
+        taken, self._reports = self._reports, []
+        return taken
+
+    def fail(self, failure: bytes) -> None:
+        """An EngineError, pickled: no use in starting again."""
+        self._failure = failure
+
+    def failure(self) -> bytes | None:
+        return self._failure
+
+
+def _free_address() -> str:
+    """A port of this worker's machine that nobody listens on now."""
+    host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.bind((host, 0))
+        port = listener.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _introduce(addresses: list[str], rank: int) -> None:
+    os.environ["TF_CONFIG"] = json.dumps(
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+    )
 
 
 @contextlib.contextmanager

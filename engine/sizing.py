@@ -1,4 +1,4 @@
-"""How an extraction is laid out on machines, in cores, GPUs and bytes; what cannot fit is refused with the arithmetic.
+"""How extraction and training are laid out on machines, in cores, GPUs and bytes; what cannot fit is said in figures.
 
 Pure: what there is to run on comes in as a value, so that `--plan` and the run agree.
 """
@@ -6,14 +6,15 @@ Pure: what there is to run on comes in as a value, so that `--plan` and the run 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.errors import ClusterError
+from engine.errors import ClusterError, RecipeError
 from engine.extraction import ENCODED_AHEAD_BYTES
 from engine.images import LARGE_IMAGE_PIXELS
 from engine.recipes import Compute, Limits
+from engine.strategies.kinds import AnyStrategyConfig, MultiWorker, OneDevice
 
 # A reader keeps its core until its shards are read. The rest of that core is for the tasks that write parts: with
 # every core taken in full, a writer would wait for a reader that waits for the writer.
@@ -43,6 +44,7 @@ class Machines:
         memory: bytes for processes, of all nodes.
         object_store: bytes for what travels between processes, of all nodes.
         largest_node_memory: bytes for processes, of the node that has most.
+        node_cpus, node_gpus: cores and GPUs of each node.
     """
 
     cpus: float
@@ -53,6 +55,8 @@ class Machines:
     memory: float = math.inf
     object_store: float = math.inf
     largest_node_memory: float = math.inf
+    node_cpus: tuple[float, ...] = ()
+    node_gpus: tuple[float, ...] = ()
 
     @staticmethod
     def of_one_node(cpus: float, gpus: float, memory: float, object_store: float) -> Machines:
@@ -66,6 +70,8 @@ class Machines:
             memory=memory,
             object_store=object_store,
             largest_node_memory=memory,
+            node_cpus=(cpus,),
+            node_gpus=(gpus,),
         )
 
 
@@ -323,3 +329,51 @@ def _large_image_warning(sizing: Sizing) -> str | None:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+@dataclass(frozen=True)
+class WorkerShare:
+    """What each training worker is given.
+
+    Attributes:
+        cpus, gpus: of the cluster's.
+        fits: whether the nodes that are there have room for all workers.
+    """
+
+    cpus: float
+    gpus: float
+    fits: bool = True
+
+
+def share_of_workers(strategy: AnyStrategyConfig, machines: Machines) -> WorkerShare:
+    """The most that a training's workers can have; a machine with GPUs has cores enough beside them.
+
+    Raises:
+        RecipeError: a node has fewer GPUs than one worker is to have.
+    """
+    if not isinstance(strategy, MultiWorker):
+        wanted = 1 if isinstance(strategy, OneDevice) else strategy.devices_per_worker
+        gpus = min(wanted or machines.largest_node_gpus, machines.largest_node_gpus)
+        return WorkerShare(1.0 if gpus else max(1.0, machines.largest_node_cpus - 1), float(gpus))
+    if not machines.gpus:
+        cpus = _most_for_each(machines.node_cpus, strategy.workers)
+        return WorkerShare(float(max(1, cpus)), 0.0, fits=cpus > 0)
+    wanted = strategy.devices_per_worker
+    if wanted and wanted > machines.largest_node_gpus:
+        raise RecipeError(
+            f"strategy.devices_per_worker: {wanted} GPUs for each worker, but no node has as many",
+            found=f"at most {machines.largest_node_gpus:.0f} on one node",
+            way_out="ask for fewer and for more workers",
+        )
+    gpus = wanted or max(1, _most_for_each(machines.node_gpus, strategy.workers))
+    return WorkerShare(1.0, float(gpus), fits=_room(machines.node_gpus, gpus) >= strategy.workers)
+
+
+def _most_for_each(amounts: Sequence[float], workers: int) -> int:
+    """The most, in whole numbers, of which nodes with these amounts have one for each worker; 0: not even 1."""
+    most = int(max(amounts, default=0))
+    return next((each for each in range(most, 0, -1) if _room(amounts, each) >= workers), 0)
+
+
+def _room(amounts: Sequence[float], each: int) -> int:
+    return sum(int(amount // each) for amount in amounts)

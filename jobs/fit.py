@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Config
@@ -42,9 +42,11 @@ class FitRecipe(FitSettings):
 
 
 def run(recipe: FitRecipe) -> Outcome:
-    """Fit on one training worker under Ray Train, which publishes the bundle."""
+    """Fit on training workers under Ray Train, the first of which publishes the bundle."""
     from engine.cluster_head import joins_cluster
     from engine.on_ray import machines_of_cluster, ray_session, run_training
+    from engine.sizing import share_of_workers
+    from engine.this_machine import machines_here
 
     run_id = new_run_id("fit")
     table, columns = _look(recipe)
@@ -53,18 +55,20 @@ def run(recipe: FitRecipe) -> Outcome:
         say(
             f"warning: {table.incomplete_shards:,} shards of the table are not complete; their rows so far are used"
         )
-    cpus_here = len(os.sched_getaffinity(0))
+    workers = recipe.strategy.workers
+    cpus_here = max(machines_here().cpus, workers)
     with ray_session(None, local_cpus=cpus_here + 1):  # Ray Train's own controller takes part of a core
-        machines = machines_of_cluster()
-        gpus = _gpus_wanted(recipe, machines.largest_node_gpus)
-        cpus = 1.0 if gpus else max(1.0, machines.largest_node_cpus - 1)
-        cpus = cpus if joins_cluster(None) else min(cpus, float(cpus_here))
+        share = share_of_workers(recipe.strategy, machines_of_cluster())
+        if not joins_cluster(None):
+            share = replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
+        if not share.fits:
+            say(f"the cluster has no room for {workers} workers now; waiting for it to grow")
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):
 
             def show(epoch: dict[str, Any]) -> None:
                 bar.update(task, completed=epoch["epoch"], rate=_figures(epoch))
 
-            answer = run_training(functools.partial(fit_on_worker, recipe, columns), show, cpus, gpus)
+            answer = run_training(functools.partial(fit_on_worker, recipe, columns), show, workers, share)
     for note in answer["notes"]:
         say(f"note: {note}")
     return Outcome({"verb": "fit", "run_id": run_id, **answer["summary"]})
@@ -79,8 +83,11 @@ def _figures(epoch: dict[str, Any]) -> str:
 
 def fit_on_worker(
     recipe: FitRecipe, columns: list[str], report: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """Body of the training worker: read the table, fit, publish; the fit's summary, and what it had to say."""
+) -> dict[str, Any] | None:
+    """Body of a training worker: read the table, fit, publish; the fit's summary, and what it had to say.
+
+    None: another worker has it.
+    """
     from engine.storage import open_store
     from engine.tables import open_table
     from engine.training.fit import fit_head
@@ -89,7 +96,7 @@ def fit_on_worker(
     bundle_store = open_store(recipe.output.uri, recipe.storage)
     with _warnings_of("engine.training") as notes:
         summary = fit_head(table.read(columns), table.record, recipe, recipe.storage, bundle_store, report)
-    return {"summary": dict(summary), "notes": notes}
+    return None if summary is None else {"summary": dict(summary), "notes": notes}
 
 
 @contextmanager
@@ -123,6 +130,7 @@ def plan(recipe: FitRecipe) -> dict[str, Any]:
         "head": recipe.head.kind,
         "heads_to_try": len(candidates(recipe)),
         "strategy": recipe.strategy.kind,
+        "workers": recipe.strategy.workers,
         "bundle": recipe.output.uri,
     }
 
@@ -153,13 +161,6 @@ def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
             way_out="correct labels.label, split.column or split.group, or name a label file in labels.uri",
         )
     return table, list(dict.fromkeys(columns))
-
-
-def _gpus_wanted(recipe: FitRecipe, largest_node_gpus: float) -> float:
-    """GPUs for the one training worker; never more than a node has: the strategy refuses too few with a message."""
-    if not largest_node_gpus or recipe.strategy.kind == "one_device":
-        return min(1.0, largest_node_gpus)
-    return min(float(recipe.strategy.devices_per_worker or largest_node_gpus), largest_node_gpus)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,13 @@ tests/contracts/test_strategy_contract.py: for the same global batches every kin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from engine.errors import EngineError
 
@@ -67,3 +72,32 @@ def logical_cpus(count: int) -> list[str]:
                 way_out="open the strategy first thing in a fresh process",
             ) from None
     return [f"CPU:{index}" for index in range(count)]
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this is the one worker that writes what all of them have found."""
+    resolver = strategy.cluster_resolver
+    return resolver is None or resolver.task_id in (None, 0)
+
+
+def agreement(strategy: tf.distribute.Strategy) -> Callable[[NDArray[np.floating[Any]]], NDArray[np.float64]]:
+    """What makes workers decide alike: of numbers that each has computed, the first replica's.
+
+    Processors of two kinds round differently. If one worker stopped training where another went on, the other would
+    wait for ever.
+
+    Returns:
+        agreed(numbers) -> float64 of the same shape and the same on every worker; all must call it. NaN and infinity
+        pass.
+    """
+    if strategy.cluster_resolver is None:
+        return lambda numbers: np.asarray(numbers, np.float64)
+
+    def of_first_replica(numbers: tf.Tensor) -> tf.Tensor:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return tf.where(tf.equal(replica, 0), numbers, tf.zeros_like(numbers))
+
+    compiled = tf.function(
+        lambda numbers: strategy.reduce("SUM", strategy.run(of_first_replica, args=(numbers,)), axis=None)
+    )
+    return lambda numbers: compiled(tf.constant(numbers, tf.float64)).numpy()

@@ -17,6 +17,8 @@ class OneDevice(Config):
 
     kind: Literal["one_device"] = "one_device"
     """The kind of strategy: `one_device`."""
+    workers: Literal[1] = 1
+    """Training processes. One device is in one of them."""
 
 
 class Mirrored(Config):
@@ -31,16 +33,29 @@ class Mirrored(Config):
     number above 1 divides the CPU into that many logical devices."""
 
 
-StrategyConfig = Annotated[OneDevice | Mirrored, Field(discriminator="kind")]
+class MultiWorker(Config):
+    """A copy of the head on each device of several workers, on as many machines as there are; every batch is divided
+    among all of them. Each worker holds all rows in its memory."""
+
+    kind: Literal["multi_worker"]
+    """The kind of strategy: `multi_worker`."""
+    workers: int = Field(default=2, ge=1, le=1024)
+    """Training processes, each with its share of the cluster's GPUs, or of its cores where it has none."""
+    devices_per_worker: int | None = Field(default=None, ge=1)
+    """GPUs of each worker. null: as many as every worker can have. Without GPUs a worker is one device."""
 
 
-def open_strategy(config: OneDevice | Mirrored) -> tf.distribute.Strategy:
+AnyStrategyConfig = OneDevice | Mirrored | MultiWorker
+StrategyConfig = Annotated[AnyStrategyConfig, Field(discriminator="kind")]
+
+
+def open_strategy(config: AnyStrategyConfig) -> tf.distribute.Strategy:
     """Prepare this process for training and open the chosen strategy.
 
     Call it before TensorFlow has touched a device: logical CPU devices cannot be made afterwards.
 
     Raises:
-        EngineError: Keras is not Keras 3 on TensorFlow, or the devices were already in use.
+        EngineError: Keras is not Keras 3 on TensorFlow, the devices were already in use, or other workers are missing.
         RecipeError: the worker has fewer GPUs than `devices_per_worker`.
     """
     from engine.strategies.base import prepare_process
@@ -50,6 +65,10 @@ def open_strategy(config: OneDevice | Mirrored) -> tf.distribute.Strategy:
         from engine.strategies.one_device import open_one_device
 
         return open_one_device(config)
+    if isinstance(config, MultiWorker):
+        from engine.strategies.multi_worker import open_multi_worker
+
+        return open_multi_worker(config)
     from engine.strategies.mirrored import open_mirrored
 
     return open_mirrored(config)

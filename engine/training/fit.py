@@ -5,6 +5,7 @@ Shape letters: N labelled rows, D embedding width, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,18 +16,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from engine import __version__
+from engine.config import canonical_json
 from engine.errors import LabelError, TableDamaged
-from engine.heads.bundle import Calibration, TrainedHead, publish_bundle
+from engine.heads.bundle import TrainedHead, publish_bundle
+from engine.heads.confidence import softmax
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.storage import StorageConfig, Store
+from engine.strategies.base import is_chief
 from engine.strategies.kinds import open_strategy
+from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate, best_of, candidates, grid_report
 from engine.training.judgement import JUDGED, JudgedRows, Judgement, judge
 from engine.training.kinds import SPLIT_NAMES, FitSettings, SplitConfig
 from engine.training.labels import Classes, LabelledRows, encode_classes, join_labels
 from engine.training.loop import Report, TrainingResult, TrainingRows, out_of_fold_logits, train_heads
-from engine.training.metrics import softmax
 from engine.training.scaling import Scaling
 from engine.training.split import assign_splits
 from engine.training.step import hold_rows
@@ -65,8 +70,11 @@ def fit_head(
     storage: StorageConfig,
     bundle_store: Store,
     report: Report,
-) -> FitSummary:
+) -> FitSummary | None:
     """Fit a head on labelled embeddings and publish it.
+
+    Where several workers fit it together, all of them call this, and the first one answers and publishes; the others
+    have None to say. A fit that was interrupted goes on from its last checkpoint.
 
     Args:
         table: one version of each shard: key, shard, index, embedding, and the label and split columns used.
@@ -109,7 +117,15 @@ def fit_head(
         rows_of["validation"],
     )
     held = hold_rows(strategy, rows.embeddings_ND, rows.classes_N)
-    trained = train_heads(tried, strategy, rows, settings.training, report, held)
+    chief = is_chief(strategy)
+    checkpoints = Checkpoints(
+        bundle_store,
+        _training_digest(rows, tried, settings, record),
+        settings.training.checkpoint_seconds,
+        writes=chief,
+    )
+    heard = report if chief else _unheard
+    trained = train_heads(tried, strategy, rows, settings.training, heard, held, checkpoints)
     best = best_of(trained, tried)
     head, network, training = tried[best].head, trained[best].network, trained[best].result
     shards = table["shard"].take(labelled.positions_N).to_pylist()
@@ -117,6 +133,8 @@ def fit_head(
     suspects = None
     if settings.suspects.folds:
         suspects = _suspects(tried[best], training.best_epoch, strategy, rows, held, names, settings)
+    if not chief:
+        return None
     if scaling:
         network = open_head(head).absorb_scaling(network, scaling.subtract_D, scaling.multiply_D)
     judgement = _judgement(network, embeddings_ND, rows_of, names, settings)
@@ -127,7 +145,7 @@ def fit_head(
             network,
             classes.names,
             settings.task,
-            Calibration(temperature=judgement.temperature),
+            judgement.calibration,
         ),
         table_record=record,
         metrics={
@@ -138,6 +156,7 @@ def fit_head(
         recipe=settings.model_dump(mode="json"),
         suspects=suspects,
     )
+    checkpoints.clear()
     return FitSummary(
         bundle=bundle.store.uri,
         rows=sum(len(rows) for rows in rows_of.values()),
@@ -207,9 +226,30 @@ def _suspects(
         settings.training,
         held,
     )
-    found = find_suspects(softmax(unseen_NK[everyone]), classes_N[everyone])
+    found = find_suspects(softmax(unseen_NK[everyone].astype(np.float64)), classes_N[everyone])
     found = replace(found, rows=everyone[found.rows])
     return found.to_json(names.keys, names.shards, classes_N, names.classes.names)
+
+
+def _unheard(report: dict[str, Any]) -> None:
+    """What workers beside the first one report: the same."""
+
+
+def _training_digest(
+    rows: TrainingRows, tried: Sequence[Candidate], settings: FitSettings, record: Mapping[str, Any]
+) -> str:
+    """Of all that training hangs on; not of the strategy, which changes no more than last digits."""
+    facts = {
+        "engine": __version__,
+        "fingerprint": record["fingerprint"],
+        "tried": [candidate.to_json() for candidate in tried],
+        "training": settings.training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+    }
+    digest = hashlib.sha256(canonical_json(facts).encode())
+    # A few numbers of an embedding tell one image from another.
+    for array in (rows.embeddings_ND[:, :8], rows.classes_N, rows.train, rows.validation):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def labelled_embeddings(

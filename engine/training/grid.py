@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, RecipeError
 from engine.heads.kinds import AnyHeadConfig, MlpHeadConfig
-from engine.training.kinds import AnyOptimizerConfig, FitSettings
+from engine.training.kinds import AnyOptimizerConfig, FitSettings, GridConfig, LbfgsConfig
 
 if TYPE_CHECKING:
     from engine.training.loop import Trained
 
+OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "l2")
 MAX_CANDIDATES = 64  # each takes its memory, and its share of every step
 
 
@@ -37,22 +38,23 @@ def candidates(settings: FitSettings) -> list[Candidate]:
     """Every combination of the grid, the recipe's own values where it leaves something out; one without a grid.
 
     Raises:
-        RecipeError: more than 64, or a grid of dropouts for heads that have none.
+        RecipeError: more than 64, or a grid of what the heads or the optimizer do not have.
     """
-    grid, own = settings.grid, settings.optimizer
+    grid = settings.grid
     if grid.dropout and not any(isinstance(head, MlpHeadConfig) for head in grid.head or (settings.head,)):
         raise RecipeError(
             "grid.dropout: no head here has dropout",
             found=", ".join(head.kind for head in grid.head or (settings.head,)),
             wanted="a head of kind mlp, in `head` or in `grid.head`",
         )
-    optimizers = [
-        own.model_copy(update={"learning_rate": rate, "weight_decay": decay})
-        for rate, decay in product(
-            grid.learning_rate or (own.learning_rate,), grid.weight_decay or (own.weight_decay,)
-        )
-    ]
+    optimizers = _optimizers(settings.optimizer, grid)
     heads = [tried for head in grid.head or (settings.head,) for tried in _with_dropouts(head, grid.dropout)]
+    if isinstance(settings.optimizer, LbfgsConfig) and any(_has_dropout(head) for head in heads):
+        raise RecipeError(
+            "optimizer.kind lbfgs: it cannot train a head with dropout",
+            found="a loss that differs from one look to the next",
+            way_out="set the head's dropout to 0, or take adam",
+        )
     found = list(dict.fromkeys(Candidate(head, optimizer) for head, optimizer in product(heads, optimizers)))
     if len(found) > MAX_CANDIDATES:
         raise RecipeError(
@@ -62,6 +64,24 @@ def candidates(settings: FitSettings) -> list[Candidate]:
             way_out="try fewer values, or fit twice",
         )
     return found
+
+
+def _optimizers(own: AnyOptimizerConfig, grid: GridConfig) -> list[AnyOptimizerConfig]:
+    """The recipe's optimizer with each combination of the grid's values."""
+    given = {name: getattr(grid, name) for name in OPTIMIZER_FIELDS if getattr(grid, name)}
+    strange = sorted(set(given) - set(type(own).model_fields))
+    if strange:
+        raise RecipeError(
+            f"grid.{strange[0]}: optimizer {own.kind} has no {strange[0]}",
+            wanted=" or ".join(f"grid.{name}" for name in OPTIMIZER_FIELDS if name in type(own).model_fields),
+        )
+    return [
+        own.model_copy(update=dict(zip(given, values, strict=True))) for values in product(*given.values())
+    ]
+
+
+def _has_dropout(head: AnyHeadConfig) -> bool:
+    return isinstance(head, MlpHeadConfig) and head.dropout > 0
 
 
 def _with_dropouts(head: AnyHeadConfig, rates: tuple[float, ...]) -> Iterator[AnyHeadConfig]:
@@ -80,13 +100,19 @@ def best_of(trained: Sequence[Trained], tried: Sequence[Candidate]) -> int:
     losses = [_best_loss(one) for one in trained]
     finite = [place for place, one in enumerate(trained) if one.result.history]
     if not finite:
-        rates = sorted({candidate.optimizer.learning_rate for candidate in tried})
         raise EngineError(
             "training: the loss of every head of the grid is infinite in epoch 1",
-            found=f"learning rates {', '.join(map(str, rates))}",
-            way_out="lower them; if that does not help, look for extreme numbers in the embeddings",
+            found="; ".join(sorted({step_sizes(candidate.optimizer) for candidate in tried})),
+            way_out="lower learning rates; if that does not help, look for extreme numbers in the embeddings",
         )
     return min(finite, key=lambda place: losses[place])
+
+
+def step_sizes(optimizer: AnyOptimizerConfig) -> str:
+    """What of an optimizer may have made a loss infinite."""
+    if isinstance(optimizer, LbfgsConfig):
+        return f"optimizer.kind lbfgs, l2 {optimizer.l2}"
+    return f"optimizer.learning_rate {optimizer.learning_rate}"
 
 
 def grid_report(tried: Sequence[Candidate], trained: Sequence[Trained], best: int) -> list[dict[str, Any]]:

@@ -101,7 +101,24 @@ class SgdConfig(_OptimizerConfig):
     """Whether the gradient is taken where the momentum leads to."""
 
 
-AnyOptimizerConfig = AdamConfig | AdamWConfig | SgdConfig
+class LbfgsConfig(Config):
+    """L-BFGS over all training rows at once (Liu and Nocedal, 1989), as scikit-learn's logistic regression goes: for
+    heads without dropout, and for rows that a pass over takes seconds. `training.epochs` counts its iterations, and
+    `training.batch_size` does not count."""
+
+    kind: Literal["lbfgs"]
+    """The kind of optimizer: `lbfgs`."""
+    l2: float = Field(default=0.001, ge=0)
+    """l2 / 2 times the squares of all weights but biases is added to the mean loss of the training rows. It is 1 / (C *
+    rows) of scikit-learn's C."""
+    history: int = Field(default=10, ge=1, le=100)
+    """Steps that the estimate of the curvature remembers."""
+    tolerance: float = Field(default=1e-4, gt=0)
+    """Training ends when no number of the gradient is larger."""
+
+
+GradientOptimizerConfig = AdamConfig | AdamWConfig | SgdConfig
+AnyOptimizerConfig = GradientOptimizerConfig | LbfgsConfig
 OptimizerConfig = Annotated[
     AnyOptimizerConfig,
     Field(discriminator="kind"),
@@ -129,6 +146,9 @@ class TrainingConfig(Config):
     takes embeddings as they are: what was done to them becomes part of its weights."""
     seed: int = Field(default=0, ge=0)
     """Of the initial weights, of the order of the rows in each epoch, and of dropout."""
+    checkpoint_seconds: float = Field(default=30.0, ge=0)
+    """Least time between checkpoints; a fit that was interrupted goes on where the last one was made. They lie in the
+    bundle's folder until it is published. 0: one after each epoch."""
 
 
 class GridConfig(Config):
@@ -138,6 +158,8 @@ class GridConfig(Config):
     """In place of `optimizer.learning_rate`. Here and below, an empty list leaves the recipe's own value."""
     weight_decay: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """In place of `optimizer.weight_decay`."""
+    l2: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """In place of `optimizer.l2`, for `lbfgs`."""
     dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     """In place of the head's `dropout`; heads without one are tried once."""
     head: tuple[HeadConfig, ...] = ()
@@ -147,9 +169,10 @@ class GridConfig(Config):
 class CalibrationConfig(Config):
     """How logits become probabilities that hold what they promise; without validation rows they stay as trained."""
 
-    kind: Literal["temperature", "none"] = "temperature"
+    kind: Literal["adaptive", "temperature", "none"] = "adaptive"
     """`temperature`: all logits are divided by one number, for which the validation rows have the lowest cross-entropy;
-    answers stay the same, confidences become honest. `none`: as trained."""
+    answers stay the same, confidences become honest. `adaptive`: the number also depends on how undecided the head is
+    about a row, where the validation rows show clearly that this is better. `none`: as trained."""
     precisions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
     """Shares of right answers for which the report suggests a `min_confidence`."""
 

@@ -1,12 +1,13 @@
-"""Epochs over embeddings held in memory, with early stopping; read it top to bottom. Not for: what a step computes.
+"""Epochs over embeddings held in memory, with early stopping; read it top to bottom. Not for: what an epoch does.
 
-Shape letters: N rows held, R replicas, B rows of one replica's share, S steps of an epoch.
+Shape letters: N rows held, V validation rows.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,16 +19,16 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
+from engine.strategies.base import agreement
 from engine.training import metrics
-from engine.training.grid import Candidate
-from engine.training.kinds import AnyOptimizerConfig, TrainingConfig
-from engine.training.step import Learner, build_optimizer, compile_steps, hold_rows
+from engine.training.checkpoints import Checkpoints, State
+from engine.training.grid import Candidate, step_sizes
+from engine.training.kinds import AnyOptimizerConfig, LbfgsConfig, TrainingConfig
+from engine.training.passes import Passes, open_passes, row_weights
+from engine.training.step import Learner, build_optimizer, hold_rows
 
+log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
-Batch = tuple[
-    NDArray[np.int64], NDArray[np.float32]
-]  # rows_RB and weights_RB, as `global_batches` gives them
-STEPS_PER_CALL = 16  # of the compiled function: entering it takes as long as a small head's step
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Epoch:
     """What one epoch came to. Losses are mean cross-entropies in nats."""
 
     epoch: int  # counts from 1
-    train_loss: float  # weighted mean over the epoch's steps, each before its update
+    train_loss: (
+        float  # weighted mean over the epoch's steps, each before its update; of L-BFGS after the iteration
+    )
     validation_loss: float | None  # after the epoch; None without validation rows
     validation_accuracy: float | None
 
@@ -79,6 +82,7 @@ def train_heads(
     config: TrainingConfig,
     report: Report,
     held: Any = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[Trained]:
     """Train heads at once, each until its validation loss has not fallen for `patience` epochs; keep the best weights.
 
@@ -92,48 +96,40 @@ def train_heads(
         config: epochs, batch size, patience, class weights, label smoothing, seed.
         report: called once per epoch with a flat dict of numbers: of the head with the lowest validation loss so far.
         held: the rows, where `hold_rows` has already put them on the devices.
+        checkpoints: where to begin, if an earlier run was interrupted, and to write what this one comes to.
 
     Raises:
         EngineError: a loss became infinite or NaN, and there is no other head.
+        StorageError: whether there is a checkpoint cannot be said.
     """
-    num_replicas = strategy.num_replicas_in_sync
     steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
     with strategy.scope():
         learners = [_learner(candidate, rows, steps_per_epoch, config) for candidate in candidates]
         held = hold_rows(strategy, rows.embeddings_ND, rows.classes_N) if held is None else held
-    watched_VD, watched_classes_V = rows.embeddings_ND[rows.validation], rows.classes_N[rows.validation]
     weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+    passes = open_passes(strategy, learners, held, rows.train, weights_N, config)
     courses = [
         _Course(candidate, learner, config) for candidate, learner in zip(candidates, learners, strict=True)
     ]
-    stepped: list[_Course] = []
+    watched_VD, watched_classes_V = rows.embeddings_ND[rows.validation], rows.classes_N[rows.validation]
+    agreed = agreement(strategy)
+    first = 1
+    if checkpoints is not None:
+        with strategy.scope():
+            first += _restored(checkpoints.read(), courses, passes)
+        _refuse_two_beginnings(first, agreed)
 
-    for epoch in range(1, config.epochs + 1):
-        going = [course for course in courses if not course.is_over]
-        # Heads that have stopped still cost time in each step, and compiling one without them does too.
-        if not stepped or len(going) <= len(stepped) / 2:
-            stepped = going
-            steps = compile_steps(
-                strategy, [course.learner for course in stepped], held, config.label_smoothing, config.seed
-            )
-        order = np.random.default_rng([config.seed, epoch]).permutation(rows.train)
-        batches = list(global_batches(order, weights_N, config.batch_size, num_replicas))
-        first = (epoch - 1) * steps_per_epoch
-        losses = [
-            steps(
-                first + start,
-                np.stack([rows_RB for rows_RB, _ in portion]),
-                np.stack([weights_RB[None] for _, weights_RB in portion]),
-            )
-            for start, portion in _portions(batches)
-        ]
-        losses_SH = np.concatenate([portion.numpy() for portion in losses])  # waits only now
-        train_loss_H = np.average(losses_SH, axis=0, weights=[weights.sum() for _, weights in batches])
-        for course, train_loss in zip(stepped, train_loss_H.tolist(), strict=True):
-            if course.is_over:
-                continue
+    for epoch in range(first, config.epochs + 1):
+        going = [place for place, course in enumerate(courses) if not course.is_over]
+        if not going:
+            break
+        passed = passes.epoch(epoch, going)
+        for place in going:
+            course, train_loss = courses[place], passed[place].train_loss
+            watched = course.watch(watched_VD, watched_classes_V)
+            train_loss, *watched = agreed(np.array([train_loss, *watched])).tolist()
             if math.isfinite(train_loss):
-                course.take(epoch, train_loss, watched_VD, watched_classes_V)
+                course.take(epoch, train_loss, watched, passed[place].has_converged)
             elif len(courses) == 1:
                 raise _diverged(epoch, train_loss, course.candidate.optimizer)
             else:
@@ -141,8 +137,8 @@ def train_heads(
         leader = min(courses, key=lambda course: course.best_loss)
         if leader.history:
             report({**asdict(leader.history[-1]), "epoch": epoch, "epochs": config.epochs})
-        if all(course.is_over for course in courses):
-            break
+        if checkpoints is not None and checkpoints.is_due:
+            checkpoints.write(_state(epoch, courses, passes))
 
     with strategy.scope():
         return [course.trained() for course in courses]
@@ -169,19 +165,18 @@ def out_of_fold_logits(
     """
     num_folds = int(folds_N.max()) + 1
     steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
+
+    def seen(rows_SRB: NDArray[np.int64], weights_SRB: NDArray[np.float32]) -> NDArray[np.float32]:
+        is_seen_SHRB = folds_N[rows_SRB][:, None] != np.arange(num_folds)[:, None, None]
+        weights_SHRB: NDArray[np.float32] = weights_SRB[:, None] * is_seen_SHRB.astype(np.float32)
+        return weights_SHRB
+
     with strategy.scope():
         learners = [_learner(candidate, rows, steps_per_epoch, config) for _ in range(num_folds)]
-        steps = compile_steps(strategy, learners, held, config.label_smoothing, config.seed)
     weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+    passes = open_passes(strategy, learners, held, rows.train, weights_N, config, seen)
     for epoch in range(1, epochs + 1):
-        order = np.random.default_rng([config.seed, epoch]).permutation(rows.train)
-        batches = list(global_batches(order, weights_N, config.batch_size, strategy.num_replicas_in_sync))
-        first = (epoch - 1) * steps_per_epoch
-        for start, portion in _portions(batches):
-            rows_SRB = np.stack([rows_RB for rows_RB, _ in portion])
-            weights_SRB = np.stack([weights_RB for _, weights_RB in portion])
-            is_seen_SHRB = folds_N[rows_SRB][:, None] != np.arange(num_folds)[:, None, None]
-            steps(first + start, rows_SRB, weights_SRB[:, None] * is_seen_SHRB.astype(np.float32))
+        passes.epoch(epoch, range(num_folds))
     logits_NK = np.zeros((len(folds_N), rows.num_classes), np.float32)
     for fold, learner in enumerate(learners):
         unseen = rows.train[folds_N[rows.train] == fold]
@@ -189,18 +184,50 @@ def out_of_fold_logits(
     return logits_NK
 
 
-def _portions(batches: Sequence[Batch]) -> Iterator[tuple[int, Sequence[Batch]]]:
-    """Batches as one call of the compiled function takes them, and the place of the first."""
-    for start in range(0, len(batches), STEPS_PER_CALL):
-        yield start, batches[start : start + STEPS_PER_CALL]
-
-
 def _learner(
     candidate: Candidate, rows: TrainingRows, steps_per_epoch: int, config: TrainingConfig
 ) -> Learner:
-    head = open_head(candidate.head)
+    head, of = open_head(candidate.head), candidate.optimizer
     network = head.build(rows.embeddings_ND.shape[1], rows.num_classes, config.seed)
-    return Learner(head, network, build_optimizer(candidate.optimizer, steps_per_epoch, config.epochs))
+    steps = None if isinstance(of, LbfgsConfig) else build_optimizer(of, steps_per_epoch, config.epochs)
+    return Learner(head, network, of, steps)
+
+
+def _state(epoch: int, courses: Sequence[_Course], passes: Passes) -> State:
+    """All that the rest of the training hangs on, after an epoch."""
+    return State(
+        {"epoch": epoch, "courses": [course.facts() for course in courses], "passes": passes.facts()},
+        passes.tensors()
+        | {
+            f"{place}.{name}": tensor
+            for place, course in enumerate(courses)
+            for name, tensor in course.tensors().items()
+        },
+    )
+
+
+def _restored(state: State | None, courses: Sequence[_Course], passes: Passes) -> int:
+    """Put everything to where it was; the last epoch that was run, 0 without a state. Call it in strategy.scope()."""
+    if state is None:
+        return 0
+    for place, course in enumerate(courses):
+        course.restore(state.facts["courses"][place], state.tensors, f"{place}.")
+    passes.restore(state.facts["passes"], state.tensors)
+    epoch = int(state.facts["epoch"])
+    log.warning("a fit that was interrupted after epoch %d goes on from there", epoch)
+    return epoch
+
+
+def _refuse_two_beginnings(first: int, agreed: Callable[[Any], NDArray[np.float64]]) -> None:
+    """A driver that was killed may have left a worker behind, which wrote once more while others were reading."""
+    chiefs = int(agreed(np.array([first], np.float64))[0])
+    if chiefs != first:
+        raise EngineError(
+            "training: two workers found different checkpoints",
+            found=f"one after epoch {first - 1}",
+            wanted=f"the chief's, after epoch {chiefs - 1}",
+            way_out="run the same command again",
+        )
 
 
 class _Course:
@@ -212,27 +239,31 @@ class _Course:
         self._logits = compile_logits(learner.network)
         self._best_weights = learner.network.get_weights()
         self._diverged: str | None = None
+        self._has_converged = False
         self.history: list[Epoch] = []
         self.best_epoch, self.best_loss, self.is_over = 0, math.inf, False
 
-    def take(
-        self,
-        epoch: int,
-        train_loss: float,
-        watched_VD: NDArray[np.floating[Any]],
-        watched_classes_V: NDArray[np.int64],
-    ) -> None:
+    def watch(
+        self, watched_VD: NDArray[np.floating[Any]], watched_classes_V: NDArray[np.int64]
+    ) -> tuple[float, ...]:
+        """Loss and accuracy on the validation rows now; nothing without any."""
+        if not len(watched_classes_V):
+            return ()
+        watched_VK = self._logits(watched_VD)
+        return (
+            metrics.cross_entropy(watched_VK, watched_classes_V),
+            metrics.accuracy(watched_VK, watched_classes_V),
+        )
+
+    def take(self, epoch: int, train_loss: float, watched: Sequence[float], has_converged: bool) -> None:
         """An epoch came to its end: is it the best until now, and was it the last?"""
-        watched_loss, watched_accuracy = None, None
-        if len(watched_classes_V):
-            watched = self._logits(watched_VD)
-            watched_loss = metrics.cross_entropy(watched, watched_classes_V)
-            watched_accuracy = metrics.accuracy(watched, watched_classes_V)
+        watched_loss, watched_accuracy = watched or (None, None)
         self.history.append(Epoch(epoch, train_loss, watched_loss, watched_accuracy))
         if watched_loss is None or watched_loss < self.best_loss:
             self.best_epoch, self.best_loss = epoch, math.inf if watched_loss is None else watched_loss
             self._best_weights = self._network.get_weights()
-        self.is_over = epoch - self.best_epoch >= self._config.patience
+        self._has_converged = has_converged
+        self.is_over = has_converged or epoch - self.best_epoch >= self._config.patience
 
     def give_up(self, epoch: int, train_loss: float) -> None:
         """Its loss is no number any more: what it was until now counts, if anything."""
@@ -241,64 +272,53 @@ class _Course:
         )
         self.is_over = True
 
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint: what JSON can say."""
+        return {
+            "history": [asdict(epoch) for epoch in self.history],
+            "best_epoch": self.best_epoch,
+            "is_over": self.is_over,
+            "has_converged": self._has_converged,
+            "diverged": self._diverged,
+        }
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The rest of it."""
+        now = {f"now.{place}": np.asarray(value) for place, value in enumerate(self._network.variables)}
+        best = {f"best.{place}": value for place, value in enumerate(self._best_weights)}
+        return now | best
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], prefix: str) -> None:
+        """As `facts` and `tensors` gave it."""
+        self.history = [Epoch(**epoch) for epoch in facts["history"]]
+        self.best_epoch, self.is_over = facts["best_epoch"], facts["is_over"]
+        self._has_converged, self._diverged = facts["has_converged"], facts["diverged"]
+        losses = [epoch.validation_loss for epoch in self.history if epoch.validation_loss is not None]
+        self.best_loss = min(losses, default=math.inf)
+        for place, variable in enumerate(self._network.variables):
+            variable.assign(tensors[f"{prefix}now.{place}"])
+        self._best_weights = [tensors[f"{prefix}best.{place}"] for place in range(len(self._best_weights))]
+
     def trained(self) -> Trained:
         """At its best weights; call it in the strategy's scope."""
         self._network.set_weights(self._best_weights)
-        stopped = self._diverged or _why_stopped(self.history[-1], self.best_epoch, self._config)
+        stopped = self._diverged or _why_stopped(
+            self.history[-1], self.best_epoch, self._config, self._has_converged
+        )
         return Trained(self._network, TrainingResult(tuple(self.history), self.best_epoch, stopped))
-
-
-def global_batches(
-    order: NDArray[np.int64], weights_N: NDArray[np.float32], batch_size: int, num_replicas: int
-) -> Iterator[Batch]:
-    """Cut an epoch's rows into global batches and deal each to the replicas.
-
-    Args:
-        order: row numbers in this epoch's order.
-        weights_N: what each row held counts.
-        batch_size: rows per global batch, over all replicas.
-        num_replicas: R.
-
-    Yields:
-        rows_RB and weights_RB of one step, the same shape every time: what is missing to fill the last batch,
-        or to divide a batch evenly, is the batch's own first row with weight 0.
-    """
-    batch_size = min(batch_size, len(order))
-    share = math.ceil(batch_size / num_replicas)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        rows_RB = np.full((num_replicas, share), batch[0], np.int64)
-        weights_RB = np.zeros((num_replicas, share), np.float32)
-        rows_RB.flat[: len(batch)] = batch
-        weights_RB.flat[: len(batch)] = weights_N[batch]
-        yield rows_RB, weights_RB
-
-
-def row_weights(
-    classes_N: NDArray[np.int64], train: NDArray[np.int64], class_weights: str
-) -> NDArray[np.float32]:
-    """What each row counts in the loss: 1, or under "balanced" rows / (classes * rows of its class).
-
-    Counted over the training rows, each of whose classes has at least one.
-    """
-    if class_weights == "none":
-        return np.ones(len(classes_N), np.float32)
-    rows_K = np.bincount(classes_N[train])
-    weight_K = len(train) / (np.count_nonzero(rows_K) * np.maximum(rows_K, 1))
-    weights_N = np.ones(len(classes_N), np.float32)
-    weights_N[train] = weight_K[classes_N[train]]
-    return weights_N
 
 
 def _diverged(epoch: int, loss: float, optimizer: AnyOptimizerConfig) -> EngineError:
     return EngineError(
         f"training: the loss is {loss} in epoch {epoch}",
-        found=f"optimizer.learning_rate {optimizer.learning_rate}",
+        found=step_sizes(optimizer),
         way_out="lower optimizer.learning_rate; if that does not help, look for extreme numbers in the embeddings",
     )
 
 
-def _why_stopped(last: Epoch, best_epoch: int, config: TrainingConfig) -> str:
+def _why_stopped(last: Epoch, best_epoch: int, config: TrainingConfig, has_converged: bool) -> str:
+    if has_converged:
+        return f"the gradient vanished after epoch {last.epoch}; weights of epoch {best_epoch} kept"
     if last.validation_loss is None:
         return f"no validation rows: all {last.epoch} epochs were run and the last weights kept"
     if last.epoch - best_epoch >= config.patience:

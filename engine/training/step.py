@@ -17,8 +17,14 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from engine.heads.base import Head
-from engine.training.kinds import AnyOptimizerConfig, SgdConfig
+from engine.training.kinds import (
+    AnyOptimizerConfig,
+    GradientOptimizerConfig,
+    LbfgsConfig,
+    SgdConfig,
+)
 
+Gradients = Callable[[], tuple[NDArray[np.float64], list[list[NDArray[np.float32]]]]]
 Steps = Callable[[int, NDArray[np.int64], NDArray[np.float32]], tf.Tensor]
 
 
@@ -28,10 +34,28 @@ class Learner:
 
     head: Head
     network: keras.Model  # (B, D) float32 to (B, K) logits
-    optimizer: keras.Optimizer
+    config: AnyOptimizerConfig
+    optimizer: keras.Optimizer | None  # None: `config` is of L-BFGS
+
+    @property
+    def optimizer_of_steps(self) -> keras.Optimizer:
+        """Of one that goes by mini-batches."""
+        assert self.optimizer is not None
+        return self.optimizer
+
+    @property
+    def lbfgs(self) -> LbfgsConfig:
+        """Of one that does not."""
+        assert isinstance(self.config, LbfgsConfig)
+        return self.config
 
 
-def build_optimizer(config: AnyOptimizerConfig, steps_per_epoch: int, epochs: int) -> keras.Optimizer:
+def is_bias(variable: Any) -> bool:
+    """Whether decay and penalties leave a variable alone."""
+    return "bias" in variable.name
+
+
+def build_optimizer(config: GradientOptimizerConfig, steps_per_epoch: int, epochs: int) -> keras.Optimizer:
     """The recipe's optimizer; call it inside the strategy's scope.
 
     Args:
@@ -49,7 +73,7 @@ def build_optimizer(config: AnyOptimizerConfig, steps_per_epoch: int, epochs: in
 
 
 def _learning_rate(
-    config: AnyOptimizerConfig, steps_per_epoch: int, epochs: int
+    config: GradientOptimizerConfig, steps_per_epoch: int, epochs: int
 ) -> float | keras.optimizers.schedules.LearningRateSchedule:
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "constant" and not warmup:
@@ -92,7 +116,7 @@ def compile_steps(
 
     Args:
         strategy: opened.
-        learners: H heads; each row is gathered once for all of them.
+        learners: H heads, their optimizers built; each row is gathered once for all of them.
         held: as `hold_rows` gives it.
         label_smoothing: share of a row's weight that all classes have evenly.
         seed: of dropout.
@@ -106,9 +130,6 @@ def compile_steps(
         (one without any weight moves nothing), and dropout's numbers belong to rows, so the loss trace does not depend
         on R.
     """
-    with strategy.scope():
-        for learner in learners:
-            learner.optimizer.build(learner.network.trainable_variables)
     count = max(learner.head.dropouts.count for learner in learners)
     width = max(learner.head.dropouts.width for learner in learners)
 
@@ -136,7 +157,9 @@ def compile_steps(
                 weighed = tf.reduce_sum(losses_B * weights_RB[replica])
                 loss = tf.math.divide_no_nan(weighed, tf.reduce_sum(weights_RB))
             gradients = tape.gradient(loss, variables)
-            learner.optimizer.apply_gradients(zip(gradients, variables, strict=True))  # sums over replicas
+            learner.optimizer_of_steps.apply_gradients(
+                zip(gradients, variables, strict=True)
+            )  # sums over replicas
             losses.append(loss)
         return tf.stack(losses)
 
@@ -161,6 +184,77 @@ def compile_steps(
         )
 
     return steps
+
+
+def compile_gradients(
+    strategy: tf.distribute.Strategy,
+    learners: Sequence[Learner],
+    held: Any,
+    rows_SRB: NDArray[np.int64],
+    weights_SHRB: NDArray[np.float32],
+    label_smoothing: float = 0.0,
+) -> Gradients:
+    """Compile a function that goes over rows in S portions and changes nothing.
+
+    Args:
+        learners: H heads without dropout.
+        rows_SRB, weights_SHRB: as of `compile_steps`.
+
+    Returns:
+        gradients() -> weighted sums over all rows, with the weights that the networks have now: losses (H) in nats,
+        and for each head the gradient of each of its trainable variables.
+    """
+
+    def replica_sums(held: tuple[tf.Tensor, tf.Tensor], rows_SRB: tf.Tensor, weights_SHRB: tf.Tensor) -> Any:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        embeddings_ND, classes_N = held
+
+        def add(place: tf.Tensor, losses_H: tf.Tensor, sums: list[Any]) -> Any:
+            rows_B, weights_HB = rows_SRB[place, replica], weights_SHRB[place, :, replica]
+            embeddings_BD = tf.cast(tf.gather(embeddings_ND, rows_B), tf.float32)
+            classes_B = tf.gather(classes_N, rows_B)
+            losses, added = [], []
+            for number, (learner, sums_of_head) in enumerate(zip(learners, sums, strict=True)):
+                weights_B = weights_HB[number if weights_HB.shape[0] != 1 else 0]
+                with tf.GradientTape() as tape:
+                    logits_BK = learner.head.training_logits(learner.network, embeddings_BD, _nothing)
+                    losses_B = _cross_entropies(logits_BK, classes_B, label_smoothing) * weights_B
+                    loss = tf.reduce_sum(losses_B)
+                gradients = tape.gradient(loss, learner.network.trainable_variables)
+                losses.append(tf.reduce_sum(tf.cast(losses_B, tf.float64)))
+                added.append([one + other for one, other in zip(sums_of_head, gradients, strict=True)])
+            return place + 1, losses_H + tf.stack(losses), added
+
+        nothing = [
+            [tf.zeros(variable.shape) for variable in learner.network.trainable_variables]
+            for learner in learners
+        ]
+        _, losses_H, sums = tf.while_loop(
+            lambda place, *_: place < tf.shape(rows_SRB)[0],
+            add,
+            (tf.constant(0), tf.zeros(len(learners), tf.float64), nothing),
+            parallel_iterations=1,  # each takes the memory of a portion
+        )
+        return losses_H, sums
+
+    def global_sums(held: Any, rows_SRB: tf.Tensor, weights_SHRB: tf.Tensor) -> Any:
+        found = strategy.run(replica_sums, args=(held, rows_SRB, weights_SHRB))
+        return tf.nest.map_structure(lambda value: strategy.reduce("SUM", value, axis=None), found)
+
+    compiled_sums = tf.function(global_sums)
+    rows, weights = tf.constant(rows_SRB), tf.constant(weights_SHRB)
+
+    def gradients() -> tuple[NDArray[np.float64], list[list[NDArray[np.float32]]]]:
+        losses_H, sums = compiled_sums(held, rows, weights)
+        return losses_H.numpy(), [[one.numpy() for one in of_head] for of_head in sums]
+
+    return gradients
+
+
+def _nothing(numbers_BH: tf.Tensor, which: int) -> tf.Tensor:
+    """The dropout of heads without."""
+    del which
+    return numbers_BH
 
 
 def _cross_entropies(logits_BK: tf.Tensor, classes_B: tf.Tensor, label_smoothing: float) -> tf.Tensor:
@@ -193,5 +287,6 @@ def _on_device(
     embeddings_ND: NDArray[np.floating[Any]],
     classes_N: NDArray[np.int64],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    with tf.device(strategy.extended.worker_devices[context.replica_id_in_sync_group]):
+    own = strategy.extended.worker_devices  # of this process; replicas are counted over all processes
+    with tf.device(own[context.replica_id_in_sync_group % len(own)]):
         return tf.convert_to_tensor(embeddings_ND), tf.convert_to_tensor(classes_N)

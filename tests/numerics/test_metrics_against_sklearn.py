@@ -17,8 +17,8 @@ from sklearn.metrics import (
 )
 from sklearn.utils.class_weight import compute_class_weight
 
-from engine.training.loop import row_weights
 from engine.training.metrics import evaluate, roc_auc, top_k_accuracy
+from engine.training.passes import row_weights
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 Case = tuple[NDArray[np.float32], NDArray[np.int64]]

@@ -16,8 +16,9 @@ from engine.heads.network import compile_logits
 from engine.strategies.kinds import OneDevice, open_strategy
 from engine.training.grid import Candidate, best_of
 from engine.training.kinds import AdamConfig, SgdConfig, TrainingConfig
-from engine.training.loop import TrainingResult, TrainingRows, global_batches, train_heads
+from engine.training.loop import TrainingResult, TrainingRows, train_heads
 from engine.training.metrics import accuracy, cross_entropy
+from engine.training.passes import global_batches
 
 
 def made_rows(num_validation: int = 60) -> TrainingRows:

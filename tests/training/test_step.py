@@ -33,7 +33,7 @@ def one_step(
         network = head.build(embeddings_ND.shape[1], 3, seed=0)
         if start is not None:
             network.set_weights(start)
-        learner = Learner(head, network, build_optimizer(optimizer, 1, 1))
+        learner = Learner(head, network, optimizer, build_optimizer(optimizer, 1, 1))
         held = hold_rows(strategy, embeddings_ND, classes_N)
         steps = compile_steps(strategy, [learner], held, label_smoothing)
     ((loss,),) = steps(0, np.array([[rows]]), np.array([[[weights]]], np.float32)).numpy()
@@ -177,6 +177,7 @@ def test_heads_trained_together_learn_what_each_learns_alone(embeddings_ND: NDAr
                 Learner(
                     head := open_head(kinds[one][0]),
                     head.build(7, 3, 0),
+                    kinds[one][1],
                     build_optimizer(kinds[one][1], 1, 4),
                 )
                 for one in chosen
@@ -202,7 +203,10 @@ def test_a_row_may_count_for_one_head_and_not_for_another(embeddings_ND: NDArray
     weights_HRB = np.array([[[1, 1, 0]], [[0, 1, 1]]], np.float32)
     head, strategy = open_head(LinearHeadConfig()), open_strategy(OneDevice())
     with strategy.scope():
-        learners = [Learner(head, head.build(7, 3, 0), build_optimizer(AdamConfig(), 1, 1)) for _ in range(2)]
+        learners = [
+            Learner(head, head.build(7, 3, 0), AdamConfig(), build_optimizer(AdamConfig(), 1, 1))
+            for _ in range(2)
+        ]
         steps = compile_steps(strategy, learners, hold_rows(strategy, embeddings_ND, CLASSES_N))
     steps(0, np.array([[[3, 1, 4]]]), weights_HRB[None])
     for learner, rows in zip(learners, ([3, 1], [1, 4]), strict=True):

@@ -38,9 +38,10 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
             "label_smoothing": 0.0,
             "standardise": False,
             "seed": 0,
+            "checkpoint_seconds": 30.0,
         },
-        "grid": {"learning_rate": (), "weight_decay": (), "dropout": (), "head": ()},
-        "calibration": {"kind": "temperature", "precisions": (0.9, 0.95, 0.99)},
+        "grid": {"learning_rate": (), "weight_decay": (), "l2": (), "dropout": (), "head": ()},
+        "calibration": {"kind": "adaptive", "precisions": (0.9, 0.95, 0.99)},
         "suspects": {"folds": 5},
         "strategy": {"kind": "mirrored", "workers": 1, "devices_per_worker": None},
     }
