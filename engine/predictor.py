@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.errors import TableDamaged
 from engine.heads.bundle import Bundle
-from engine.heads.confidence import softmax
+from engine.heads.confidence import sigmoid, softmax
 from engine.schema import predictions_schema
 from engine.tables import embeddings_matrix
 
@@ -33,7 +33,10 @@ class Predictions:
         np.int64
     ]  # class numbers, most confident first; of equals the first class comes first
     top_confidences_Bk: Floats
-    abstains_B: NDArray[np.bool_]  # the best confidence is below min_confidence
+    abstains_B: NDArray[
+        np.bool_
+    ]  # the best confidence is below min_confidence, or no class reaches its threshold
+    given_BK: NDArray[np.bool_] | None = None  # the classes that each row is given, where it may have several
 
 
 class Predictor:
@@ -42,7 +45,7 @@ class Predictor:
     Args:
         bundle: opened. A head that is only a matrix product is computed in NumPy, any other by Keras.
         top_k: entries wanted; never more than there are classes.
-        min_confidence: below it the label is null; the candidates stay.
+        min_confidence: below it the label is null, or not among the labels; the candidates stay.
     """
 
     def __init__(self, bundle: Bundle, top_k: int, min_confidence: float = 0.0) -> None:
@@ -50,7 +53,9 @@ class Predictor:
         self.classes = bundle.manifest.classes
         self.top_k = min(top_k, len(self.classes))
         self.min_confidence = min_confidence
-        self.schema = predictions_schema(self.top_k)
+        self._several = bundle.manifest.task == "multi_label"
+        self._thresholds_K = np.maximum(bundle.manifest.thresholds or 0.0, min_confidence).astype(np.float32)
+        self.schema = predictions_schema(self.top_k, self._several)
         self._width = bundle.manifest.width
         self._calibration = bundle.manifest.calibration
         self._logits = _logits_function(bundle)
@@ -58,12 +63,15 @@ class Predictor:
     def probabilities(self, embeddings_BD: NDArray[np.floating[Any]]) -> Floats:
         """Softmax of the head's logits as the bundle calibrates them: (B, D) float32 or float16 to (B, K) float32.
 
+        Of a multi_label bundle the sigmoid: each class has a probability of its own.
+
         Raises:
             ValueError: the rows are not D numbers wide.
         """
         if embeddings_BD.ndim != 2 or embeddings_BD.shape[1] != self._width:
             raise ValueError(f"embeddings of shape {embeddings_BD.shape}, wanted (B, {self._width})")
-        return softmax(self._calibration.apply(self._logits(embeddings_BD.astype(np.float32, copy=False))))
+        logits_BK = self._calibration.apply(self._logits(embeddings_BD.astype(np.float32, copy=False)))
+        return sigmoid(logits_BK) if self._several else softmax(logits_BK)
 
     def predict(self, embeddings_BD: NDArray[np.floating[Any]]) -> Predictions:
         """The top classes of each row, and whether the best is good enough.
@@ -71,7 +79,8 @@ class Predictor:
         Raises:
             TableDamaged: an embedding holds NaN or infinity, which a table never does.
         """
-        classes_Bk, confidences_Bk = top_k(self.probabilities(embeddings_BD), self.top_k)
+        probabilities_BK = self.probabilities(embeddings_BD)
+        classes_Bk, confidences_Bk = top_k(probabilities_BK, self.top_k)
         broken = np.flatnonzero(~np.isfinite(confidences_Bk[:, 0]))
         if len(broken):
             raise TableDamaged(
@@ -79,6 +88,9 @@ class Predictor:
                 found=f"{len(broken)} rows with NaN or infinity, the first is row {broken[0]} of {len(confidences_Bk)}",
                 way_out="delete the part and run extract again: it makes only what is missing",
             )
+        if self._several:
+            given_BK = np.asarray(probabilities_BK >= self._thresholds_K)
+            return Predictions(classes_Bk, confidences_Bk, np.logical_not(given_BK.any(axis=1)), given_BK)
         return Predictions(classes_Bk, confidences_Bk, confidences_Bk[:, 0] < self.min_confidence)
 
     def predict_table(self, embeddings: pa.Table) -> pa.Table:
@@ -88,7 +100,7 @@ class Predictor:
             embeddings: with key, shard, index and embedding.
 
         Returns:
-            A table with the schema `predictions_schema(min(top_k, K))`.
+            A table with the schema `predictions_schema(min(top_k, K))`, or that of several labels.
         """
         answers = self.predict(embeddings_matrix(embeddings["embedding"]))
         names = pa.array(self.classes, pa.string())
@@ -96,13 +108,25 @@ class Predictor:
         best = pa.array(answers.top_classes_Bk[:, 0], mask=answers.abstains_B)  # null takes null
         columns = {
             **{name: embeddings[name] for name in ("key", "shard", "index")},
-            "label": names.take(best),
+            **(
+                {"label": names.take(best)} if answers.given_BK is None else {"labels": self._labels(answers)}
+            ),
             "confidence": pa.array(answers.top_confidences_Bk[:, 0]),
             "top_labels": self._lists("top_labels", top_labels),
             "top_confidences": self._lists("top_confidences", pa.array(answers.top_confidences_Bk.ravel())),
             "bundle": pa.repeat(pa.scalar(self.bundle_id, pa.string()), embeddings.num_rows),
         }
         return pa.table(columns, schema=self.schema)
+
+    def _labels(self, answers: Predictions) -> pa.ListArray:
+        """The labels of each row, in the order of the classes."""
+        assert answers.given_BK is not None
+        rows, numbers = np.nonzero(answers.given_BK)
+        ends = np.searchsorted(rows, np.arange(len(answers.given_BK) + 1))
+        names = pa.array(self.classes, pa.string()).take(pa.array(numbers))
+        return pa.ListArray.from_arrays(
+            pa.array(ends, pa.int32()), names, type=self.schema.field("labels").type
+        )
 
     def _lists(self, name: str, values: pa.Array) -> pa.FixedSizeListArray:
         return pa.FixedSizeListArray.from_arrays(values, type=self.schema.field(name).type)

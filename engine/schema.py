@@ -78,12 +78,18 @@ def rejects_schema(keep_bytes: bool) -> pa.Schema:
     return pa.schema([*fields, pa.field("bytes", pa.binary())] if keep_bytes else fields)
 
 
-def predictions_schema(top_k: int) -> pa.Schema:
-    """Columns of a prediction part; `top_k` is min(k of the recipe, number of classes)."""
+def predictions_schema(top_k: int, several: bool = False) -> pa.Schema:
+    """Columns of a prediction part.
+
+    Args:
+        top_k: min(k of the recipe, number of classes).
+        several: a row may be given any number of labels.
+    """
+    labels = pa.list_(pa.field("element", pa.string(), nullable=False))
     return pa.schema(
         [
             *SAMPLE_FIELDS,
-            pa.field("label", pa.string()),
+            pa.field("labels", labels, nullable=False) if several else pa.field("label", pa.string()),
             pa.field("confidence", pa.float32(), nullable=False),
             pa.field(
                 "top_labels",

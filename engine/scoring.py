@@ -81,13 +81,13 @@ class PartScorer:
         infos = [ObjectInfo(path, size, identity) for path, size, identity in json.loads(item)]
         for info in infos:
             labels = self._score_part(info)
-            counts.update(label for label in labels if label is not None)
-            abstained += sum(label is None for label in labels)
+            counts.update(label for of_row in labels for label in of_row)
+            abstained += sum(not of_row for of_row in labels)
             rows += len(labels)
         return json.dumps(asdict(ScoreReceipt(len(infos), rows, abstained, dict(counts))))
 
-    def _score_part(self, info: ObjectInfo) -> list[str | None]:
-        """Write one prediction part and return its labels."""
+    def _score_part(self, info: ObjectInfo) -> list[list[str]]:
+        """Write one prediction part and return the labels of its rows."""
         name = parse_part_name(info.path)
         if name is None:
             raise TableDamaged(f"{info.path}: not the name of a part")
@@ -101,5 +101,7 @@ class PartScorer:
             rows=predictions.num_rows,
         )
         write_prediction_part(self._table, prediction_name(name, info.identity), predictions, facts)
-        labels: list[str | None] = predictions["label"].to_pylist()
-        return labels
+        if "labels" in predictions.column_names:
+            several: list[list[str]] = predictions["labels"].to_pylist()
+            return several
+        return [[] if label is None else [label] for label in predictions["label"].to_pylist()]

@@ -27,10 +27,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from engine.config import Config, stable_hash
 from engine.errors import BundleError, ContractMismatch, ObjectNotFound
@@ -42,6 +42,7 @@ from engine.storage import Store
 if TYPE_CHECKING:
     import keras
 
+Task = Literal["single_label", "multi_label"]
 BUNDLE_SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "bundle.json"
 VERSIONED_PACKAGES = ("image-feature-engine", "tensorflow", "keras", "numpy")
@@ -63,9 +64,9 @@ class Manifest(Config):
 
     schema_version: Literal[1] = BUNDLE_SCHEMA_VERSION
     """Version of this file's fields."""
-    task: Literal["single_label"]
-    """What the head answers: one class per row."""
-    classes: tuple[str, ...] = Field(min_length=2)
+    task: Task
+    """What the head answers: one class for each row, or any number of them."""
+    classes: tuple[str, ...] = Field(min_length=1)
     """Names of the classes in the order of the logits, sorted by code point."""
     fingerprint: str
     """Of the embeddings that the head was fitted on; others are refused."""
@@ -75,6 +76,8 @@ class Manifest(Config):
     """The head's recipe block."""
     calibration: Calibration = Calibration()
     """How logits become probabilities."""
+    thresholds: tuple[float, ...] = ()
+    """Of each class the probability from which on a row is given it; of single_label bundles none."""
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
     files: dict[str, BundleFile]
@@ -84,6 +87,17 @@ class Manifest(Config):
     created: str
     """UTC, ISO 8601."""
 
+    @model_validator(mode="after")
+    def _classes_go_with_the_task(self) -> Self:
+        several = self.task == "multi_label"
+        if len(self.classes) < 2 and not several:
+            raise ValueError("classes: a single_label head tells at least two apart")
+        if len(self.thresholds) != (len(self.classes) if several else 0):
+            raise ValueError(
+                f"thresholds: {len(self.thresholds)} for {len(self.classes)} {self.task} classes"
+            )
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class TrainedHead:
@@ -92,8 +106,9 @@ class TrainedHead:
     config: AnyHeadConfig
     network: keras.Model  # (B, D) float32 to (B, K) logits
     classes: tuple[str, ...]  # K names, sorted by code point
-    task: Literal["single_label"]
+    task: Task
     calibration: Calibration = field(default_factory=Calibration)
+    thresholds: tuple[float, ...] = ()  # K of them for multi_label, else none
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +227,7 @@ def publish_bundle(
         width=table_record["width"],
         head=open_head(head.config).stated,
         calibration=head.calibration,
+        thresholds=head.thresholds,
         tensors_sha256=_tensors_sha256(head.network),
         files=files,
         versions=_versions(),
@@ -343,6 +359,8 @@ def _bundle_id(manifest: Manifest) -> str:
     fields = manifest.model_dump(mode="json", exclude={"files", "versions", "created"})
     if not manifest.calibration.entropy_exponent:
         del fields["calibration"]["entropy_exponent"]  # bundles from before there was one keep their ids
+    if not manifest.thresholds:
+        del fields["thresholds"]
     return stable_hash(fields)[:16]
 
 

@@ -43,6 +43,13 @@ def softmax(logits_BK: Floats) -> Floats:
     return probabilities_BK
 
 
+def sigmoid(logits_BK: Floats) -> Floats:
+    """1 / (1 + exp(-logits)), without overflow."""
+    raised_BK = np.exp(-np.abs(logits_BK))
+    probabilities_BK: Floats = np.where(logits_BK >= 0, 1, raised_BK) / (1 + raised_BK)
+    return probabilities_BK
+
+
 def log_entropy(logits_BK: Floats) -> Floats:
     """(B,) log of the entropy of softmax(logits) as a share of log K, from log 1e-6 to 0.
 

@@ -21,7 +21,7 @@ _TOLERANCE = 1e-9
 _LOG_TEMPERATURES = (-6.0, 6.0)  # of a row; what lies beyond is a search that has lost its way
 
 
-def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64]) -> float:
+def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.integer[Any]]) -> float:
     """The T in [0.05, 20] for which softmax(logits / T) has the lowest mean cross-entropy; 1.0 without rows.
 
     Guo et al., On Calibration of Modern Neural Networks (2017), section 4.2. A label is believed with 1 - 1 / (V + 2)
@@ -51,7 +51,7 @@ def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.
 def calibrate(
     kind: Literal["adaptive", "temperature", "none"],
     logits_VK: NDArray[np.floating[Any]],
-    classes_V: NDArray[np.int64],
+    classes_V: NDArray[np.integer[Any]],
 ) -> Calibration:
     """What validation rows ask for; nothing without rows.
 
@@ -67,7 +67,7 @@ def calibrate(
 
 
 def _with_exponent(
-    logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64], plain: Calibration
+    logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.integer[Any]], plain: Calibration
 ) -> Calibration:
     """Fit both numbers; the plain calibration where the second one is not worth having."""
     shifted_VK, aimed_V = _aimed(logits_VK, classes_V)
@@ -97,7 +97,7 @@ def _with_exponent(
 
 
 def _aimed(
-    logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.int64]
+    logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.integer[Any]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Logits below the row's largest, and what of them the labels ask for, doubted as `fit_temperature` says."""
     doubt = 1 / (len(classes_V) + 2)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -20,7 +20,6 @@ from engine import __version__
 from engine.config import canonical_json
 from engine.errors import LabelError, TableDamaged
 from engine.heads.bundle import TrainedHead, publish_bundle
-from engine.heads.confidence import softmax
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.storage import StorageConfig, Store
@@ -28,21 +27,20 @@ from engine.strategies.base import is_chief
 from engine.strategies.kinds import open_strategy
 from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate, best_of, candidates, grid_report
-from engine.training.judgement import JUDGED, JudgedRows, Judgement, judge
+from engine.training.judgement import JUDGED
 from engine.training.kinds import SPLIT_NAMES, FitSettings, SplitConfig
-from engine.training.labels import Classes, LabelledRows, encode_classes, join_labels
+from engine.training.labels import LabelledRows, join_labels
 from engine.training.loop import Report, TrainingResult, TrainingRows, out_of_fold_logits, train_heads
 from engine.training.scaling import Scaling
 from engine.training.split import assign_splits
 from engine.training.step import hold_rows
-from engine.training.suspects import assign_folds, find_suspects
+from engine.training.suspects import assign_folds
+from engine.training.tasks import RowNames, Targets, read_targets
 
 if TYPE_CHECKING:
-    import keras
-    import tensorflow as tf
+    pass
 
 log = logging.getLogger(__name__)
-SUMMARY_METRICS = ("accuracy", "top_3_accuracy", "loss", "calibration_error")
 
 
 class FitSummary(TypedDict):
@@ -51,9 +49,7 @@ class FitSummary(TypedDict):
     bundle: str  # URI of the bundle
     rows: int  # labelled rows that were used, all splits together
     classes: int  # number of classes
-    metrics: dict[
-        str, dict[str, float] | None
-    ]  # validation, test: SUMMARY_METRICS; None where it has no rows
+    metrics: dict[str, dict[str, float] | None]  # validation, test: a few figures; None where it has no rows
     heads_tried: int  # with different settings
     published: dict[str, Any]  # head and optimizer of the bundle
     suspect_labels: (
@@ -93,17 +89,21 @@ def fit_head(
     started = time.perf_counter()
     split = settings.split
     labelled = join_labels(
-        table, settings.labels, [name for name in (split.column, split.group) if name], storage
+        table,
+        settings.labels,
+        [name for name in (split.column, split.group) if name],
+        storage,
+        several=settings.task == "multi_label",
     )
     groups = _groups(labelled, split)
     splits_N = assign_splits(groups, labelled.values.get(split.column or ""), split)
     _refuse_divided_groups(groups, splits_N, split)
-    classes = encode_classes(labelled.labels, splits_N == "train")
+    targets = read_targets(settings.task, labelled.labels, splits_N == "train")
     rows_of: dict[str, NDArray[np.int64]] = {
-        name: np.flatnonzero((splits_N == name) & (classes.numbers_N >= 0)) for name in SPLIT_NAMES
+        name: np.flatnonzero((splits_N == name) & targets.usable_N) for name in SPLIT_NAMES
     }
     embeddings_ND = labelled_embeddings(table["embedding"], labelled.positions_N, int(record["width"]))
-    _say_what_is_left_out(labelled, classes, rows_of)
+    _say_what_is_left_out(labelled, targets, rows_of)
 
     tried = candidates(settings)
     if len(tried) > 1 and not len(rows_of["validation"]):
@@ -112,11 +112,11 @@ def fit_head(
     scaling = Scaling.of(embeddings_ND, rows_of["train"]) if settings.training.standardise else None
     rows = TrainingRows(
         scaling.apply(embeddings_ND) if scaling else embeddings_ND,
-        classes.numbers_N,
+        targets.array,
         rows_of["train"],
         rows_of["validation"],
     )
-    held = hold_rows(strategy, rows.embeddings_ND, rows.classes_N)
+    held = hold_rows(strategy, rows.embeddings_ND, rows.targets_N)
     chief = is_chief(strategy)
     checkpoints = Checkpoints(
         bundle_store,
@@ -128,29 +128,41 @@ def fit_head(
     trained = train_heads(tried, strategy, rows, settings.training, heard, held, checkpoints)
     best = best_of(trained, tried)
     head, network, training = tried[best].head, trained[best].network, trained[best].result
-    shards = table["shard"].take(labelled.positions_N).to_pylist()
-    names = _Names(labelled.keys, shards, groups, classes)
+    names = RowNames(labelled.keys, table["shard"].take(labelled.positions_N).to_pylist())
     suspects = None
     if settings.suspects.folds:
-        suspects = _suspects(tried[best], training.best_epoch, strategy, rows, held, names, settings)
+        everyone = np.flatnonzero(targets.usable_N)
+        unseen_NK = out_of_fold_logits(
+            tried[best],
+            strategy,
+            replace(rows, train=everyone),
+            assign_folds(groups, settings.suspects.folds, split.seed),
+            max(1, training.best_epoch),
+            settings.training,
+            held,
+        )
+        suspects = targets.suspects(unseen_NK[everyone], everyone, names)
     if not chief:
         return None
     if scaling:
         network = open_head(head).absorb_scaling(network, scaling.subtract_D, scaling.multiply_D)
-    judgement = _judgement(network, embeddings_ND, rows_of, names, settings)
+    logits = compile_logits(network)
+    judged = {name: logits(embeddings_ND[rows_of[name]]) for name in JUDGED}
+    verdict = targets.judge(judged, rows_of, names, settings.calibration)
     bundle = publish_bundle(
         bundle_store,
         TrainedHead(
             head,
             network,
-            classes.names,
+            targets.names,
             settings.task,
-            judgement.calibration,
+            verdict.calibration,
+            verdict.thresholds,
         ),
         table_record=record,
         metrics={
-            **judgement.metrics,
-            **_circumstances(labelled, classes, rows_of, training, strategy.num_replicas_in_sync),
+            **verdict.metrics,
+            **_circumstances(labelled, targets, rows_of, training, strategy.num_replicas_in_sync),
             "grid": grid_report(tried, trained, best),
         },
         recipe=settings.model_dump(mode="json"),
@@ -160,9 +172,10 @@ def fit_head(
     return FitSummary(
         bundle=bundle.store.uri,
         rows=sum(len(rows) for rows in rows_of.values()),
-        classes=len(classes.names),
+        classes=len(targets.names),
         metrics={
-            name: (figures := judgement.metrics[name]) and {word: figures[word] for word in SUMMARY_METRICS}
+            name: (figures := verdict.metrics[name])
+            and {word: figures[word] for word in targets.summary_metrics}
             for name in JUDGED
         },
         heads_tried=len(tried),
@@ -171,64 +184,6 @@ def fit_head(
         epochs=len(training.history),
         seconds=round(time.perf_counter() - started, 3),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Of the labelled rows: which each is, what it belongs to, and what its class is called."""
-
-    keys: Sequence[str]
-    shards: Sequence[str]
-    groups: Sequence[str]
-    classes: Classes
-
-
-def _judgement(
-    network: keras.Model,
-    embeddings_ND: NDArray[np.floating[Any]],
-    rows_of: Mapping[str, NDArray[np.int64]],
-    names: _Names,
-    settings: FitSettings,
-) -> Judgement:
-    """What the head, as it will be published, is worth on the rows it was not fitted on."""
-    logits = compile_logits(network)
-    splits = {
-        name: JudgedRows(
-            logits(embeddings_ND[rows_of[name]]),
-            names.classes.numbers_N[rows_of[name]],
-            [names.keys[row] for row in rows_of[name]],
-            [names.shards[row] for row in rows_of[name]],
-        )
-        for name in JUDGED
-    }
-    return judge(splits, names.classes.names, settings.calibration)
-
-
-def _suspects(
-    candidate: Candidate,
-    epochs: int,
-    strategy: tf.distribute.Strategy,
-    rows: TrainingRows,
-    held: Any,
-    names: _Names,
-    settings: FitSettings,
-) -> list[dict[str, Any]]:
-    """Labels, of whatever split, that heads like the published one doubt that were fitted without them."""
-    classes_N = names.classes.numbers_N
-    folds_N = assign_folds(names.groups, settings.suspects.folds, settings.split.seed)
-    everyone = np.flatnonzero(classes_N >= 0)
-    unseen_NK = out_of_fold_logits(
-        candidate,
-        strategy,
-        replace(rows, train=everyone),
-        folds_N,
-        max(1, epochs),
-        settings.training,
-        held,
-    )
-    found = find_suspects(softmax(unseen_NK[everyone].astype(np.float64)), classes_N[everyone])
-    found = replace(found, rows=everyone[found.rows])
-    return found.to_json(names.keys, names.shards, classes_N, names.classes.names)
 
 
 def _unheard(report: dict[str, Any]) -> None:
@@ -247,7 +202,7 @@ def _training_digest(
     }
     digest = hashlib.sha256(canonical_json(facts).encode())
     # A few numbers of an embedding tell one image from another.
-    for array in (rows.embeddings_ND[:, :8], rows.classes_N, rows.train, rows.validation):
+    for array in (rows.embeddings_ND[:, :8], rows.targets_N, rows.train, rows.validation):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
@@ -318,16 +273,16 @@ def _refuse_divided_groups(groups: Sequence[str], splits_N: NDArray[np.str_], sp
 
 
 def _say_what_is_left_out(
-    labelled: LabelledRows, classes: Classes, rows_of: Mapping[str, NDArray[np.int64]]
+    labelled: LabelledRows, targets: Targets, rows_of: Mapping[str, NDArray[np.int64]]
 ) -> None:
     counts = labelled.counts
     if counts.unlabelled:
         log.warning("%d of %d rows have no label and are left out", counts.unlabelled, counts.rows_in_table)
     if counts.unknown_keys:
         log.warning("%d labels belong to no row of the table and are ignored", counts.unknown_keys)
-    for name, rows in classes.unseen.items():
+    for name, rows in targets.unseen.items():
         log.warning(
-            "class %r has no training row: its %d rows are left out of validation and test", name, rows
+            "class %r has no training row and is left out, with the labels of its %d rows", name, rows
         )
     if not len(rows_of["validation"]):
         log.warning("no validation rows: training runs all epochs and keeps the last weights")
@@ -337,18 +292,18 @@ def _say_what_is_left_out(
 
 def _circumstances(
     labelled: LabelledRows,
-    classes: Classes,
+    targets: Targets,
     rows_of: Mapping[str, NDArray[np.int64]],
     training: TrainingResult,
     num_replicas: int,
 ) -> dict[str, Any]:
     """What metrics.json says beside the metrics: which rows they rest on, and how training went."""
     return {
-        "labels": {**labelled.counts.as_dict(), "classes_without_training_rows": classes.unseen},
+        "labels": {**labelled.counts.as_dict(), "classes_without_training_rows": targets.unseen},
         "split": {
             name: {
                 "rows": len(rows_of[name]),
-                "rows_per_class": _rows_per_class(classes, rows_of[name]),
+                "rows_per_class": targets.rows_per_class(rows_of[name]),
             }
             for name in SPLIT_NAMES
         },
@@ -360,8 +315,3 @@ def _circumstances(
             "history": [asdict(epoch) for epoch in training.history],
         },
     }
-
-
-def _rows_per_class(classes: Classes, rows: NDArray[np.int64]) -> dict[str, int]:
-    counts_K = np.bincount(classes.numbers_N[rows], minlength=len(classes.names))
-    return dict(zip(classes.names, counts_K.tolist(), strict=True))

@@ -32,7 +32,7 @@ class JudgedRows:
     """
 
     logits_NK: NDArray[np.float32]
-    classes_N: NDArray[np.int64]
+    classes_N: NDArray[np.integer[Any]]
     keys: Sequence[str]
     shards: Sequence[str]
 
@@ -78,14 +78,16 @@ def judge(
     return Judgement(calibration, metrics)
 
 
-def _calibration_error(logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.int64]) -> float | None:
+def _calibration_error(
+    logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.integer[Any]]
+) -> float | None:
     if not len(classes_N):
         return None
     return calibration_error(reliability_bins(*_answers(logits_NK, classes_N)))
 
 
 def _answers(
-    logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.int64]
+    logits_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.integer[Any]]
 ) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]:
     """Confidence of each answer, and whether it is right."""
     return softmax(logits_NK.astype(np.float64)).max(axis=1, initial=0.0), logits_NK.argmax(

@@ -12,7 +12,7 @@ from engine.heads.kinds import HeadConfig, LinearHeadConfig
 from engine.storage import Uri
 from engine.strategies.kinds import Mirrored, StrategyConfig
 
-Task = Literal["single_label"]
+Task = Literal["single_label", "multi_label"]
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -27,7 +27,10 @@ class LabelsConfig(Config):
     """Column of the label file that holds the sample's key. Beside it a column `shard` (path relative to the
     source) is used where keys repeat."""
     label: str = Field(default="label", min_length=1)
-    """Column (of the label file, or of the table where uri is null) that holds the label. Empty: no label."""
+    """Column (of the label file, or of the table where uri is null) that holds the label. Empty: no label. With several
+    labels for a row: a list of texts (an empty one says that there are none), or texts; lines of one key add up."""
+    separator: str | None = Field(default=None, min_length=1)
+    """What stands between the labels of a row where they are one text, e.g. "|"; only with several labels for a row."""
 
 
 class SplitConfig(Config):
@@ -172,7 +175,8 @@ class CalibrationConfig(Config):
     kind: Literal["adaptive", "temperature", "none"] = "adaptive"
     """`temperature`: all logits are divided by one number, for which the validation rows have the lowest cross-entropy;
     answers stay the same, confidences become honest. `adaptive`: the number also depends on how undecided the head is
-    about a row, where the validation rows show clearly that this is better. `none`: as trained."""
+    about a row, where the validation rows show clearly that this is better (of multi_label it is `temperature`).
+    `none`: as trained."""
     precisions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
     """Shares of right answers for which the report suggests a `min_confidence`."""
 
@@ -195,7 +199,8 @@ class FitSettings(Config):
     """Everything of a fit but where it reads and writes. A run on one device repeats exactly for equal settings."""
 
     task: Task = "single_label"
-    """`single_label`: each row has exactly one class."""
+    """`single_label`: each row has exactly one class. `multi_label`: any number of them; each class is a question of
+    its own, with a threshold chosen on the validation rows."""
     labels: LabelsConfig = LabelsConfig()
     """Where the labels are."""
     split: SplitConfig = SplitConfig()
@@ -214,6 +219,17 @@ class FitSettings(Config):
     """How wrong labels are looked for."""
     strategy: StrategyConfig = Mirrored()
     """How the work is laid on devices."""
+
+    @model_validator(mode="after")
+    def _task_has_what_is_asked_for(self) -> Self:
+        several = self.task == "multi_label"
+        if several and self.training.class_weights != "none":
+            raise ValueError(
+                "training.class_weights: classes of multi_label rows have no weights; leave it at none"
+            )
+        if not several and self.labels.separator is not None:
+            raise ValueError("labels.separator: a single_label row has one label; set task to multi_label")
+        return self
 
 
 class FitOutput(Config):

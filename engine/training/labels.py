@@ -22,6 +22,7 @@ from engine.errors import LabelError
 from engine.storage import StorageConfig, open_store
 from engine.training.kinds import LabelsConfig
 
+_BETWEEN = "\0"  # before each label of a row that may have several; no text of a CSV file or a table has one
 _VALUE = "value:"  # before the names of further columns, so that none is taken for a key or a label
 EXAMPLES = 5  # how many offending keys a message shows
 
@@ -60,12 +61,26 @@ class Classes:
     unseen: dict[str, int]  # class without a training row -> its rows
 
 
+@dataclass(frozen=True, slots=True)
+class LabelSets:
+    """The classes a head can answer, and which of them each row has."""
+
+    names: tuple[str, ...]  # sorted by code point
+    given_NK: NDArray[np.uint8]  # 1: the row has the class
+    unseen: dict[str, int]  # class without a training row -> the rows that have it
+
+
 def join_labels(
-    table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig
+    table: pa.Table,
+    config: LabelsConfig,
+    columns: Sequence[str],
+    storage: StorageConfig,
+    several: bool = False,
 ) -> LabelledRows:
     """Find each row's label, in the table itself or in a file keyed by `key` (or `shard` and `key`).
 
     Args:
+        several: a row may have any number of labels; each text is then as `label_set` takes apart.
         table: an embedding table with `key`, `shard` and whatever columns the recipe names.
         config: where the labels are.
         columns: what else is wanted of each row (split, group): columns of the label file if it has them, else of the
@@ -78,11 +93,11 @@ def join_labels(
         StorageError: the label file cannot be fetched.
     """
     if config.uri is None:
-        labels = _text_column(table, config.label, "embedding table")
+        labels = _labels_column(table, config, "embedding table", several)
         values = {name: _text_column(table, name, "embedding table") for name in columns}
         unknown_keys = 0
     else:
-        labels, values, unknown_keys = _from_file(table, config, columns, storage)
+        labels, values, unknown_keys = _from_file(table, config, columns, storage, several)
     is_labelled = pc.fill_null(pc.not_equal(labels, ""), False)
     positions_N = np.flatnonzero(is_labelled.to_numpy(zero_copy_only=False))
     if len(positions_N) == 0:
@@ -118,7 +133,7 @@ def encode_classes(labels: Sequence[str], is_train_N: NDArray[np.bool_]) -> Clas
 
 
 def _from_file(
-    table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig
+    table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig, several: bool
 ) -> tuple[pa.ChunkedArray, dict[str, pa.ChunkedArray], int]:
     """Labels and further values in the table's row order, and how many labels belong to no row."""
     assert config.uri is not None
@@ -126,7 +141,7 @@ def _from_file(
     in_file = [name for name in columns if name in file.column_names]
     texts = {
         "key": _text_column(file, config.key, config.uri),
-        "label": _text_column(file, config.label, config.uri),
+        "label": _labels_column(file, config, config.uri, several),
         **{_VALUE + name: _text_column(file, name, config.uri) for name in in_file},
     }
     if "shard" in file.column_names:
@@ -137,7 +152,8 @@ def _from_file(
     )
     by_shard = _joins_by_shard(table, given, config.uri)
     row_ids = _ids(table, by_shard)
-    one_each = _one_per_id(given.append_column("id", _ids(given, by_shard)), config.uri)
+    given = given.append_column("id", _ids(given, by_shard))
+    one_each = _one_per_id(_added_up(given) if several else given, config.uri)
     places = pc.index_in(row_ids, value_set=one_each["id"].combine_chunks())
     unknown_keys = one_each.num_rows - pc.count_distinct(places, mode="only_valid").as_py()
     values = {
@@ -147,6 +163,82 @@ def _from_file(
         for name in columns
     }
     return one_each["label"].take(places), values, unknown_keys
+
+
+def label_set(text: str) -> tuple[str, ...]:
+    """The labels of a row, sorted by code point, out of the text that `join_labels` has for them; perhaps none."""
+    return tuple(label for label in text.split(_BETWEEN) if label)
+
+
+def encode_label_sets(sets: Sequence[tuple[str, ...]], is_train_N: NDArray[np.bool_]) -> LabelSets:
+    """Number the classes that have training rows, sorted by code point; others are counted and left out of their rows.
+
+    Raises:
+        LabelError: no training rows, or none of them has a label.
+    """
+    trained = {name for names, is_train in zip(sets, is_train_N, strict=True) if is_train for name in names}
+    if not trained:
+        raise LabelError(
+            "labels: nothing to learn in the training rows",
+            found=f"{int(is_train_N.sum())} training rows without a label",
+            wanted="at least one class with training rows",
+            way_out="give more labels, a larger split.train, or another split.seed",
+        )
+    names = tuple(sorted(trained))
+    number_of = {name: number for number, name in enumerate(names)}
+    given_NK = np.zeros((len(sets), len(names)), np.uint8)
+    unseen: Counter[str] = Counter()
+    for row, own in enumerate(sets):
+        for name in own:
+            if name in number_of:
+                given_NK[row, number_of[name]] = 1
+            else:
+                unseen[name] += 1
+    return LabelSets(names, given_NK, dict(sorted(unseen.items())))
+
+
+def _labels_column(table: pa.Table, config: LabelsConfig, origin: str, several: bool) -> pa.ChunkedArray:
+    """The label of each row, or all of its labels in one text: sorted, each after a NUL; "" and null: none is known."""
+    if not several:
+        return _text_column(table, config.label, origin)
+    if config.label in table.column_names and pa.types.is_nested(table[config.label].type):
+        lists = table[config.label]
+        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)) or not (
+            pa.types.is_string(lists.type.value_type) or pa.types.is_large_string(lists.type.value_type)
+        ):
+            raise LabelError(
+                f"{origin}: column {config.label!r} holds no labels",
+                found=str(lists.type),
+                wanted="text, or a list of texts",
+            )
+        texts = [_joined(labels) for labels in lists.to_pylist()]
+    else:
+        column = _text_column(table, config.label, origin).to_pylist()
+        texts = [_joined(_taken_apart(text, config.separator)) for text in column]
+    return pa.chunked_array([pa.array(texts, pa.string())])
+
+
+def _taken_apart(text: str | None, separator: str | None) -> list[str] | None:
+    if not text:
+        return None
+    return [text] if separator is None else [part.strip() for part in text.split(separator)]
+
+
+def _joined(labels: Sequence[str | None] | None) -> str | None:
+    if labels is None:
+        return None
+    return _BETWEEN + _BETWEEN.join(sorted({label for label in labels if label}))
+
+
+def _added_up(given: pa.Table) -> pa.Table:
+    """Lines of one key say its labels one by one."""
+    sets: dict[str, set[str]] = {}
+    ids = given["id"].to_pylist()
+    for row_id, text in zip(ids, given["label"].to_pylist(), strict=True):
+        sets.setdefault(row_id, set()).update(label_set(text))
+    joined = {row_id: _joined(list(labels)) for row_id, labels in sets.items()}
+    place = given.schema.get_field_index("label")
+    return given.set_column(place, "label", pa.array([joined[row_id] for row_id in ids], pa.string()))
 
 
 def _read_label_file(uri: str, storage: StorageConfig) -> pa.Table:

@@ -24,6 +24,7 @@ from engine.training import metrics
 from engine.training.checkpoints import Checkpoints, State
 from engine.training.grid import Candidate, step_sizes
 from engine.training.kinds import AnyOptimizerConfig, LbfgsConfig, TrainingConfig
+from engine.training.multi_label import binary_cross_entropy, share_right
 from engine.training.passes import Passes, open_passes, row_weights
 from engine.training.step import Learner, build_optimizer, hold_rows
 
@@ -36,19 +37,20 @@ class TrainingRows:
     """Rows in memory and which of them are for what. Row numbers count from 0 within the arrays."""
 
     embeddings_ND: NDArray[np.floating[Any]]  # float32 or float16
-    classes_N: NDArray[np.int64]
+    targets_N: NDArray[np.integer[Any]]  # (N,) class numbers, or (N, K) with 1 where a row has a class
     train: NDArray[np.int64]  # row numbers, at least one
     validation: NDArray[np.int64]  # row numbers, perhaps none
 
     @property
     def num_classes(self) -> int:
         """K: each class has a row."""
-        return int(self.classes_N.max()) + 1
+        return int(self.targets_N.max()) + 1 if self.targets_N.ndim == 1 else self.targets_N.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one epoch came to. Losses are mean cross-entropies in nats."""
+    """What one epoch came to. Losses are mean cross-entropies in nats; where rows have several classes, so is the mean
+    over these, and accuracy is the share of right answers to all questions (row, class)."""
 
     epoch: int  # counts from 1
     train_loss: (
@@ -105,13 +107,13 @@ def train_heads(
     steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
     with strategy.scope():
         learners = [_learner(candidate, rows, steps_per_epoch, config) for candidate in candidates]
-        held = hold_rows(strategy, rows.embeddings_ND, rows.classes_N) if held is None else held
-    weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+        held = hold_rows(strategy, rows.embeddings_ND, rows.targets_N) if held is None else held
+    weights_N = row_weights(rows.targets_N, rows.train, config.class_weights)
     passes = open_passes(strategy, learners, held, rows.train, weights_N, config)
     courses = [
         _Course(candidate, learner, config) for candidate, learner in zip(candidates, learners, strict=True)
     ]
-    watched_VD, watched_classes_V = rows.embeddings_ND[rows.validation], rows.classes_N[rows.validation]
+    watched_VD, watched_V = rows.embeddings_ND[rows.validation], rows.targets_N[rows.validation]
     agreed = agreement(strategy)
     first = 1
     if checkpoints is not None:
@@ -126,7 +128,7 @@ def train_heads(
         passed = passes.epoch(epoch, going)
         for place in going:
             course, train_loss = courses[place], passed[place].train_loss
-            watched = course.watch(watched_VD, watched_classes_V)
+            watched = course.watch(watched_VD, watched_V)
             train_loss, *watched = agreed(np.array([train_loss, *watched])).tolist()
             if math.isfinite(train_loss):
                 course.take(epoch, train_loss, watched, passed[place].has_converged)
@@ -173,7 +175,7 @@ def out_of_fold_logits(
 
     with strategy.scope():
         learners = [_learner(candidate, rows, steps_per_epoch, config) for _ in range(num_folds)]
-    weights_N = row_weights(rows.classes_N, rows.train, config.class_weights)
+    weights_N = row_weights(rows.targets_N, rows.train, config.class_weights)
     passes = open_passes(strategy, learners, held, rows.train, weights_N, config, seen)
     for epoch in range(1, epochs + 1):
         passes.epoch(epoch, range(num_folds))
@@ -244,16 +246,15 @@ class _Course:
         self.best_epoch, self.best_loss, self.is_over = 0, math.inf, False
 
     def watch(
-        self, watched_VD: NDArray[np.floating[Any]], watched_classes_V: NDArray[np.int64]
+        self, watched_VD: NDArray[np.floating[Any]], watched_V: NDArray[np.integer[Any]]
     ) -> tuple[float, ...]:
         """Loss and accuracy on the validation rows now; nothing without any."""
-        if not len(watched_classes_V):
+        if not len(watched_V):
             return ()
         watched_VK = self._logits(watched_VD)
-        return (
-            metrics.cross_entropy(watched_VK, watched_classes_V),
-            metrics.accuracy(watched_VK, watched_classes_V),
-        )
+        if watched_V.ndim == 2:
+            return binary_cross_entropy(watched_VK, watched_V), share_right(watched_VK, watched_V)
+        return metrics.cross_entropy(watched_VK, watched_V), metrics.accuracy(watched_VK, watched_V)
 
     def take(self, epoch: int, train_loss: float, watched: Sequence[float], has_converged: bool) -> None:
         """An epoch came to its end: is it the best until now, and was it the last?"""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.heads.confidence import softmax
 
 Logits = NDArray[np.floating[Any]]
-ClassNumbers = NDArray[np.int64]
+ClassNumbers = NDArray[np.integer[Any]]
 TOP_K = 3  # of the `top_3_accuracy` that summaries show
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al., On Calibration of Modern Neural Networks (2017)
 COVERAGE_STEPS = 20  # points of the coverage-accuracy curve
@@ -89,13 +89,8 @@ def class_report(
 
     A ratio without a denominator is 0, as scikit-learn's zero_division=0.
     """
-    hits_K = np.diag(confusion_KK)
-    answered_K, support_K = confusion_KK.sum(axis=0), confusion_KK.sum(axis=1)
-    columns = {
-        "precision": _ratio(hits_K, answered_K),
-        "recall": _ratio(hits_K, support_K),
-        "f1": _ratio(2 * hits_K, answered_K + support_K),
-    }
+    support_K = confusion_KK.sum(axis=1)
+    columns, macro, weighted = class_figures(np.diag(confusion_KK), confusion_KK.sum(axis=0), support_K)
     per_class = [
         {
             "label": name,
@@ -104,9 +99,22 @@ def class_report(
         }
         for number, name in enumerate(class_names)
     ]
-    macro = {word: float(values.mean()) for word, values in columns.items()}
-    weighted = {word: float(np.average(values, weights=support_K)) for word, values in columns.items()}
     return per_class, macro, weighted
+
+
+def class_figures(
+    hits_K: NDArray[np.int64], answered_K: NDArray[np.int64], support_K: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, float], dict[str, float]]:
+    """precision, recall and f1 of each class, their plain mean, and their mean weighted by support."""
+    columns = {
+        "precision": _ratio(hits_K, answered_K),
+        "recall": _ratio(hits_K, support_K),
+        "f1": _ratio(2 * hits_K, answered_K + support_K),
+    }
+    macro = {word: float(values.mean()) for word, values in columns.items()}
+    total = max(1, int(support_K.sum()))
+    weighted = {word: float(values @ support_K / total) for word, values in columns.items()}
+    return columns, macro, weighted
 
 
 def _ratio(numerator_K: NDArray[np.int64], denominator_K: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -114,23 +122,22 @@ def _ratio(numerator_K: NDArray[np.int64], denominator_K: NDArray[np.int64]) -> 
 
 
 def roc_auc(scores_NK: Logits, classes_N: ClassNumbers) -> list[float | None]:
-    """Area under the ROC curve of each class against all others; None for a class that no row or every row has.
+    """Area under the ROC curve of each class against all others; None for a class that no row or every row has."""
+    return [area_under_roc(scores_NK[:, number], classes_N == number) for number in range(scores_NK.shape[1])]
 
-    The share of pairs (a row of the class, a row of another) that the score puts in the right order, ties counting half
-    (Hanley and McNeil, 1982).
+
+def area_under_roc(scores_N: Logits, is_own_N: NDArray[np.bool_]) -> float | None:
+    """The share of pairs (a row that is, a row that is not) that the score puts in the right order, ties counting half.
+
+    Hanley and McNeil (1982). None: there are no such pairs.
     """
-    areas: list[float | None] = []
-    for number in range(scores_NK.shape[1]):
-        is_own_N = classes_N == number
-        own = int(is_own_N.sum())
-        if own in (0, len(classes_N)):
-            areas.append(None)
-            continue
-        _, places_N, counts = np.unique(scores_NK[:, number], return_inverse=True, return_counts=True)
-        ranks_N = (np.cumsum(counts) - (counts - 1) / 2)[places_N]
-        pairs = own * (len(classes_N) - own)
-        areas.append(float((ranks_N[is_own_N].sum() - own * (own + 1) / 2) / pairs))
-    return areas
+    own = int(is_own_N.sum())
+    if own in (0, len(is_own_N)):
+        return None
+    _, places_N, counts = np.unique(scores_N, return_inverse=True, return_counts=True)
+    ranks_N = (np.cumsum(counts) - (counts - 1) / 2)[places_N]
+    pairs = own * (len(is_own_N) - own)
+    return float((ranks_N[is_own_N].sum() - own * (own + 1) / 2) / pairs)
 
 
 def reliability_bins(confidences_N: Logits, is_right_N: NDArray[np.bool_]) -> list[dict[str, float]]:

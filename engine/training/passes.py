@@ -295,18 +295,18 @@ def global_batches(
 
 
 def row_weights(
-    classes_N: NDArray[np.int64], train: NDArray[np.int64], class_weights: str
+    targets_N: NDArray[np.integer[Any]], train: NDArray[np.int64], class_weights: str
 ) -> NDArray[np.float32]:
     """What each row counts in the loss: 1, or under "balanced" rows / (classes * rows of its class).
 
     Counted over the training rows, each of whose classes has at least one.
     """
     if class_weights == "none":
-        return np.ones(len(classes_N), np.float32)
-    rows_K = np.bincount(classes_N[train])
+        return np.ones(len(targets_N), np.float32)
+    rows_K = np.bincount(targets_N[train])
     weight_K = len(train) / (np.count_nonzero(rows_K) * np.maximum(rows_K, 1))
-    weights_N = np.ones(len(classes_N), np.float32)
-    weights_N[train] = weight_K[classes_N[train]]
+    weights_N = np.ones(len(targets_N), np.float32)
+    weights_N[train] = weight_K[targets_N[train]]
     return weights_N
 
 

@@ -92,16 +92,16 @@ def _learning_rate(
 def hold_rows(
     strategy: tf.distribute.Strategy,
     embeddings_ND: NDArray[np.floating[Any]],
-    classes_N: NDArray[np.int64],
+    targets_N: NDArray[np.integer[Any]],
 ) -> Any:
     """Put the rows on every device of the strategy, once, for steps to pick from.
 
     Args:
         embeddings_ND: float32 or float16, held as they are and cast to float32 share by share.
-        classes_N: class number of each row.
+        targets_N: class number of each row, or (N, K) with 1 where it has a class.
     """
     return strategy.experimental_distribute_values_from_function(
-        lambda context: _on_device(strategy, context, embeddings_ND, classes_N)
+        lambda context: _on_device(strategy, context, embeddings_ND, targets_N)
     )
 
 
@@ -137,9 +137,9 @@ def compile_steps(
         held: tuple[tf.Tensor, tf.Tensor], rows_RB: tf.Tensor, weights_HRB: tf.Tensor, draws_RBLW: tf.Tensor
     ) -> tf.Tensor:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        embeddings_ND, classes_N = held
+        embeddings_ND, targets_N = held
         embeddings_BD = tf.cast(tf.gather(embeddings_ND, rows_RB[replica]), tf.float32)
-        classes_B = tf.gather(classes_N, rows_RB[replica])
+        targets_B = tf.gather(targets_N, rows_RB[replica])
         losses = []
         for place, learner in enumerate(learners):
             weights_RB = weights_HRB[place if weights_HRB.shape[0] != 1 else 0]
@@ -153,7 +153,7 @@ def compile_steps(
             variables = learner.network.trainable_variables
             with tf.GradientTape() as tape:
                 logits_BK = learner.head.training_logits(learner.network, embeddings_BD, drop)
-                losses_B = _cross_entropies(logits_BK, classes_B, label_smoothing)
+                losses_B = _cross_entropies(logits_BK, targets_B, label_smoothing)
                 weighed = tf.reduce_sum(losses_B * weights_RB[replica])
                 loss = tf.math.divide_no_nan(weighed, tf.reduce_sum(weights_RB))
             gradients = tape.gradient(loss, variables)
@@ -207,18 +207,18 @@ def compile_gradients(
 
     def replica_sums(held: tuple[tf.Tensor, tf.Tensor], rows_SRB: tf.Tensor, weights_SHRB: tf.Tensor) -> Any:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        embeddings_ND, classes_N = held
+        embeddings_ND, targets_N = held
 
         def add(place: tf.Tensor, losses_H: tf.Tensor, sums: list[Any]) -> Any:
             rows_B, weights_HB = rows_SRB[place, replica], weights_SHRB[place, :, replica]
             embeddings_BD = tf.cast(tf.gather(embeddings_ND, rows_B), tf.float32)
-            classes_B = tf.gather(classes_N, rows_B)
+            targets_B = tf.gather(targets_N, rows_B)
             losses, added = [], []
             for number, (learner, sums_of_head) in enumerate(zip(learners, sums, strict=True)):
                 weights_B = weights_HB[number if weights_HB.shape[0] != 1 else 0]
                 with tf.GradientTape() as tape:
                     logits_BK = learner.head.training_logits(learner.network, embeddings_BD, _nothing)
-                    losses_B = _cross_entropies(logits_BK, classes_B, label_smoothing) * weights_B
+                    losses_B = _cross_entropies(logits_BK, targets_B, label_smoothing) * weights_B
                     loss = tf.reduce_sum(losses_B)
                 gradients = tape.gradient(loss, learner.network.trainable_variables)
                 losses.append(tf.reduce_sum(tf.cast(losses_B, tf.float64)))
@@ -257,9 +257,12 @@ def _nothing(numbers_BH: tf.Tensor, which: int) -> tf.Tensor:
     return numbers_BH
 
 
-def _cross_entropies(logits_BK: tf.Tensor, classes_B: tf.Tensor, label_smoothing: float) -> tf.Tensor:
-    """(B,) in nats: of the class, and of the even distribution for its share."""
-    own_B = tf.nn.sparse_softmax_cross_entropy_with_logits(classes_B, logits_BK)
+def _cross_entropies(logits_BK: tf.Tensor, targets_B: tf.Tensor, label_smoothing: float) -> tf.Tensor:
+    """(B,) in nats: of the class, and of the even distribution for its share; of several classes the mean."""
+    if targets_B.shape.rank == 2:
+        wanted_BK = (1 - label_smoothing) * tf.cast(targets_B, tf.float32) + label_smoothing / 2
+        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(wanted_BK, logits_BK), axis=1)
+    own_B = tf.nn.sparse_softmax_cross_entropy_with_logits(targets_B, logits_BK)
     if not label_smoothing:
         return own_B
     even_B = -tf.reduce_mean(tf.nn.log_softmax(logits_BK), axis=1)
@@ -285,8 +288,8 @@ def _on_device(
     strategy: tf.distribute.Strategy,
     context: tf.distribute.experimental.ValueContext,
     embeddings_ND: NDArray[np.floating[Any]],
-    classes_N: NDArray[np.int64],
+    targets_N: NDArray[np.integer[Any]],
 ) -> tuple[tf.Tensor, tf.Tensor]:
     own = strategy.extended.worker_devices  # of this process; replicas are counted over all processes
     with tf.device(own[context.replica_id_in_sync_group % len(own)]):
-        return tf.convert_to_tensor(embeddings_ND), tf.convert_to_tensor(classes_N)
+        return tf.convert_to_tensor(embeddings_ND), tf.convert_to_tensor(targets_N)

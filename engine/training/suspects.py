@@ -33,7 +33,11 @@ class Suspects:
     margins: NDArray[np.float64]
 
     def to_json(
-        self, keys: Sequence[str], shards: Sequence[str], classes_N: NDArray[np.int64], names: Sequence[str]
+        self,
+        keys: Sequence[str],
+        shards: Sequence[str],
+        classes_N: NDArray[np.integer[Any]],
+        names: Sequence[str],
     ) -> list[dict[str, Any]]:
         """One entry for each row: key, shard, label, suggested, margin."""
         return [
@@ -50,7 +54,9 @@ class Suspects:
         ]
 
 
-def find_suspects(probabilities_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.int64]) -> Suspects:
+def find_suspects(
+    probabilities_NK: NDArray[np.floating[Any]], classes_N: NDArray[np.integer[Any]]
+) -> Suspects:
     """Rows that are confidently of another class than they are labelled.
 
     Confident is a probability of at least what rows with that label have on average. Beyond the paper, the other class

@@ -31,7 +31,8 @@ def check_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Che
     made_from = f"made from {facts.embedding_part}, {facts.embedding_identity!r}"
     checked.compare(Damage.PART_NAME, made_from, part.name, wanted)
     k = _top_k_of(checked, data, claims)
-    if k is None or not columns_fit(checked, data, predictions_schema(k)):
+    several = "labels" in data.column_names
+    if k is None or not columns_fit(checked, data, predictions_schema(k, several)):
         return checked
     checked.top_k = k
     _check_rows_of_predictions(checked, data, facts.bundle, claims.rows_per_part)
@@ -87,8 +88,9 @@ def _check_top_entry(
 ) -> None:
     """`confidence` is that of the first top entry, and `label` its label, unless the row abstains (null)."""
     differs_N = (confidence_N != top_Nk[:, 0]) & np.isfinite(confidence_N) & np.isfinite(top_Nk[:, 0])
-    first_labels = pc.list_element(data["top_labels"], 0)
-    differs_N |= pc.fill_null(pc.not_equal(data["label"], first_labels), False).to_numpy()
+    if "label" in data.column_names:
+        first_labels = pc.list_element(data["top_labels"], 0)
+        differs_N |= pc.fill_null(pc.not_equal(data["label"], first_labels), False).to_numpy()
     if differs_N.any():
         message = f"label or confidence is not that of the first top entry in {differs_N.sum()} rows"
         checked.note(Damage.TOP_ENTRY, f"{message}, first row {differs_N.argmax()}")

@@ -309,7 +309,7 @@ def test_a_class_seen_only_outside_training_is_left_out_and_said(
     assert metrics["labels"]["classes_without_training_rows"] == {"rare": 2}
     assert metrics["test"]["rows"] == 43 - 2
     assert (summary["rows"], summary["classes"]) == (209, 3)
-    assert "class 'rare' has no training row: its 2 rows are left out" in caplog.text
+    assert "class 'rare' has no training row and is left out, with the labels of its 2 rows" in caplog.text
 
 
 def test_without_validation_and_test_rows_their_metrics_are_null(tmp_path: Path) -> None:

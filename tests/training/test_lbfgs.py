@@ -87,7 +87,7 @@ def test_the_head_is_that_of_scikit_learn_for_the_same_regularisation() -> None:
 
 def test_row_weights_and_label_smoothing_count_as_they_do_for_other_optimizers() -> None:
     rows = made_rows(num_validation=0)
-    doubled = TrainingRows(rows.embeddings_ND, rows.classes_N, np.repeat(rows.train, 2), rows.validation)
+    doubled = TrainingRows(rows.embeddings_ND, rows.targets_N, np.repeat(rows.train, 2), rows.validation)
     plain, twice = trained(0.01, rows), trained(0.01, doubled)
     for ours, theirs in zip(plain.network.get_weights(), twice.network.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
@@ -102,7 +102,7 @@ def test_biases_are_not_pulled_to_zero() -> None:
     rows = made_rows(num_validation=0)
     kernel_DK, bias_K = trained(1e3, rows).network.get_weights()
     assert np.abs(kernel_DK).max() < 1e-2
-    shares_K = np.bincount(rows.classes_N[rows.train]) / len(rows.train)
+    shares_K = np.bincount(rows.targets_N[rows.train]) / len(rows.train)
     assert np.exp(bias_K) / np.exp(bias_K).sum() == pytest.approx(shares_K, abs=1e-2)
 
 

@@ -71,7 +71,7 @@ def test_training_stops_after_patience_and_keeps_the_weights_of_the_best_epoch()
     assert len(losses) == result.best_epoch + 4
     assert result.stopped.startswith("the validation loss did not fall for 4 epochs")
     kept = cross_entropy(
-        rows.embeddings_ND[rows.validation] @ kernel_DK + bias_K, rows.classes_N[rows.validation]
+        rows.embeddings_ND[rows.validation] @ kernel_DK + bias_K, rows.targets_N[rows.validation]
     )
     assert kept == pytest.approx(losses[result.best_epoch - 1], abs=1e-5)
     assert kept < float(losses[-1] or 0) - 1e-3

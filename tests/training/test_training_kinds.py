@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_an_empty_recipe_gets_the_documented_defaults() -> None:
     assert FitSettings().model_dump() == {
         "task": "single_label",
-        "labels": {"uri": None, "key": "key", "label": "label"},
+        "labels": {"uri": None, "key": "key", "label": "label", "separator": None},
         "split": {"column": None, "group": None, "train": 0.8, "validation": 0.1, "test": 0.1, "seed": 0},
         "head": {"kind": "linear"},
         "optimizer": {
@@ -57,7 +57,7 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
         ({"optimizer": {"learning_rate": 0}}, "optimizer.adam.learning_rate: found 0"),
         ({"training": {"class_weights": "balance"}}, "'none' or 'balanced'"),
         ({"training": {"epoch": 5}}, "did you mean 'epochs'?"),
-        ({"task": "multi_label"}, "'single_label'"),
+        ({"task": "multi_lable"}, "'single_label' or 'multi_label'"),
         ({"suspects": {"folds": 1}}, "at least 2"),
         ({"grid": {"learning_rate": [0.0]}}, "grid.learning_rate"),
         ({"head": {"kind": "mlp", "dropout": 1}}, "dropout"),
