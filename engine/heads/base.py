@@ -51,9 +51,15 @@ class Dropouts:
 
 
 class Head(ABC):
-    """One kind of classifier on embeddings: logits inside, probabilities are the predictor's."""
+    """One kind of classifier on embeddings: logits inside, probabilities are the predictor's.
+
+    Attributes:
+        dropouts: which random numbers it needs for a row of a training step.
+        learns_by_gradient: whether it is trained; else it is made of the training rows at once, by `remember`.
+    """
 
     dropouts = Dropouts()
+    learns_by_gradient = True
 
     @property
     @abstractmethod
@@ -73,6 +79,15 @@ class Head(ABC):
             A Keras model from (B, D) float32 to (B, K) float32 logits, without softmax. It answers; what only training
             does is in `training_logits`.
         """
+
+    def remember(
+        self,
+        embeddings_ND: NDArray[np.floating[Any]],
+        targets_N: NDArray[np.integer[Any]],
+        num_classes: int,
+    ) -> keras.Model:
+        """The network made of the training rows, of a kind that is not trained."""
+        raise NotImplementedError
 
     @abstractmethod
     def as_matrix(self, network: keras.Model) -> AffineMap | None:
@@ -100,3 +115,17 @@ def absorb_into_dense(layer: Any, subtract_D: NDArray[np.float64], multiply_D: N
     kernel_DH, bias_H = (np.asarray(weights, np.float64) for weights in layer.get_weights())
     scaled_DH = multiply_D[:, None] * kernel_DH
     layer.set_weights([scaled_DH.astype(np.float32), (bias_H - subtract_D @ scaled_DH).astype(np.float32)])
+
+
+SCALED, SCALING = "scaled_head", "scaling"  # names of the network and of its first layer
+
+
+def scaled_before(
+    network: keras.Model, multiply_D: NDArray[np.floating[Any]], add_D: NDArray[np.floating[Any]]
+) -> keras.Model:
+    """A network that answers for embeddings what the given one answers for embeddings * multiply + add."""
+    import keras
+
+    embeddings = keras.Input((len(multiply_D),), name="embedding", dtype="float32")
+    scaling = keras.layers.Rescaling(multiply_D.tolist(), add_D.tolist(), name=SCALING, dtype="float32")
+    return keras.Model(embeddings, network(scaling(embeddings)), name=SCALED)

@@ -36,7 +36,7 @@ from engine.config import Config, stable_hash
 from engine.errors import BundleError, ContractMismatch, ObjectNotFound
 from engine.heads.base import AffineMap
 from engine.heads.confidence import Calibration
-from engine.heads.kinds import AnyHeadConfig, CustomHeadConfig, HeadConfig, open_head
+from engine.heads.kinds import AnyHeadConfig, CustomHeadConfig, HeadConfig, KnnHeadConfig, open_head
 from engine.storage import Store
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ class Bundle:
 
         if isinstance(self.manifest.head, CustomHeadConfig):
             return self._rebuilt(self.manifest.head)
+        if isinstance(self.manifest.head, KnnHeadConfig):
+            import engine.heads.knn_layer  # noqa: F401  (the layer is ours, and safe mode must know it)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "head.keras"
             path.write_bytes(self.read("head"))

@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RecipeError
-from engine.heads.base import Head
+from engine.heads.base import SCALED, SCALING, Head, scaled_before
 from engine.heads.kinds import CustomHeadConfig
 
 if TYPE_CHECKING:
     import keras
 
 _WEIGHT, _MULTIPLY, _ADD = "weight_", "scaling_multiply", "scaling_add"  # names of tensors in a bundle
-_SCALED, _SCALING = "scaled_head", "scaling"
 
 
 class CustomHead(Head):
@@ -91,14 +90,14 @@ class CustomHead(Head):
         self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
     ) -> keras.Model:
         """The network behind a layer that scales."""
-        return _scaled(network, multiply_D, -subtract_D * multiply_D)
+        return scaled_before(network, multiply_D, -subtract_D * multiply_D)
 
 
 def tensors_of(network: keras.Model) -> dict[str, NDArray[np.floating[Any]]]:
     """All that a bundle keeps of a custom head: its weights in order, and the scaling before it."""
     tensors = {f"{_WEIGHT}{place:04d}": values for place, values in enumerate(network.get_weights())}
-    if network.name == _SCALED:
-        layer = network.get_layer(_SCALING)
+    if network.name == SCALED:
+        layer = network.get_layer(SCALING)
         tensors |= {_MULTIPLY: np.asarray(layer.scale), _ADD: np.asarray(layer.offset)}
     return tensors
 
@@ -114,18 +113,7 @@ def rebuilt(
     """
     network = CustomHead(config).build(width, num_classes, seed=0)
     network.set_weights([tensors[name] for name in sorted(tensors) if name.startswith(_WEIGHT)])
-    return _scaled(network, tensors[_MULTIPLY], tensors[_ADD]) if _MULTIPLY in tensors else network
-
-
-def _scaled(
-    network: keras.Model, multiply_D: NDArray[np.floating[Any]], add_D: NDArray[np.floating[Any]]
-) -> keras.Model:
-    """A network that answers for embeddings what the given one answers for embeddings * multiply + add."""
-    import keras
-
-    embeddings = keras.Input((len(multiply_D),), name="embedding", dtype="float32")
-    scaling = keras.layers.Rescaling(multiply_D.tolist(), add_D.tolist(), name=_SCALING, dtype="float32")
-    return keras.Model(embeddings, network(scaling(embeddings)), name=_SCALED)
+    return scaled_before(network, tensors[_MULTIPLY], tensors[_ADD]) if _MULTIPLY in tensors else network
 
 
 def _imported(path: str) -> tuple[ModuleType, Callable[[int, int], Any]]:

@@ -34,6 +34,20 @@ class MlpHeadConfig(Config):
     """What follows each hidden layer."""
 
 
+class KnnHeadConfig(Config):
+    """No training: the nearest training rows vote, by cosine similarity. The bundle holds all of them."""
+
+    kind: Literal["knn"]
+    """The kind of head: `knn`."""
+    k: int = Field(default=20, ge=1, le=1000)
+    """Neighbours that vote."""
+    temperature: float = Field(default=0.07, gt=0)
+    """A neighbour's vote counts exp(similarity / temperature): small numbers let the nearest decide."""
+    max_rows: int = Field(default=100_000, ge=1)
+    """More training rows are refused: each takes 4 bytes for each number of its embedding, in the bundle and in the
+    memory of all that use it."""
+
+
 class CustomHeadConfig(Config):
     """A network of your own. Its code is imported where it runs, and never stored: a bundle has its path, a digest of
     its source and its weights."""
@@ -47,7 +61,7 @@ class CustomHeadConfig(Config):
     """Wanted sha-256 of the module's file; another is refused. null: whatever is there. A bundle states it."""
 
 
-AnyHeadConfig = LinearHeadConfig | MlpHeadConfig | CustomHeadConfig
+AnyHeadConfig = LinearHeadConfig | MlpHeadConfig | KnnHeadConfig | CustomHeadConfig
 HeadConfig = Annotated[
     AnyHeadConfig,
     Field(discriminator="kind"),
@@ -61,6 +75,10 @@ def open_head(config: AnyHeadConfig) -> Head:
         from engine.heads.custom import CustomHead
 
         return CustomHead(config)
+    if isinstance(config, KnnHeadConfig):
+        from engine.heads.knn import KnnHead
+
+        return KnnHead(config)
     if isinstance(config, MlpHeadConfig):
         from engine.heads.mlp import MlpHead
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineError
 
+Agreed = Callable[[NDArray[np.floating[Any]]], NDArray[np.float64]]
+
 
 def prepare_process() -> None:
     """Make sure that this is Keras 3 on TensorFlow, that float32 means float32, and that runs repeat.
@@ -80,7 +82,7 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver is None or resolver.task_id in (None, 0)
 
 
-def agreement(strategy: tf.distribute.Strategy) -> Callable[[NDArray[np.floating[Any]]], NDArray[np.float64]]:
+def agreement(strategy: tf.distribute.Strategy) -> Agreed:
     """What makes workers decide alike: of numbers that each has computed, the first replica's.
 
     Processors of two kinds round differently. If one worker stopped training where another went on, the other would

@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, RecipeError
-from engine.heads.kinds import AnyHeadConfig, MlpHeadConfig
+from engine.heads.kinds import AnyHeadConfig, KnnHeadConfig, MlpHeadConfig
 from engine.training.kinds import AnyOptimizerConfig, FitSettings, GridConfig, LbfgsConfig
 
 if TYPE_CHECKING:
@@ -55,7 +55,12 @@ def candidates(settings: FitSettings) -> list[Candidate]:
             found="a loss that differs from one look to the next",
             way_out="set the head's dropout to 0, or take adam",
         )
-    found = list(dict.fromkeys(Candidate(head, optimizer) for head, optimizer in product(heads, optimizers)))
+    pairs = [
+        Candidate(head, optimizer)
+        for head in heads
+        for optimizer in (optimizers[:1] if isinstance(head, KnnHeadConfig) else optimizers)
+    ]
+    found = list(dict.fromkeys(pairs))
     if len(found) > MAX_CANDIDATES:
         raise RecipeError(
             "grid: too many heads to train at once",

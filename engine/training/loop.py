@@ -17,9 +17,10 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
+from engine.heads.base import Head
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
-from engine.strategies.base import agreement
+from engine.strategies.base import Agreed, agreement
 from engine.training import metrics
 from engine.training.checkpoints import Checkpoints, State
 from engine.training.grid import Candidate, step_sizes
@@ -53,9 +54,8 @@ class Epoch:
     over these, and accuracy is the share of right answers to all questions (row, class)."""
 
     epoch: int  # counts from 1
-    train_loss: (
-        float  # weighted mean over the epoch's steps, each before its update; of L-BFGS after the iteration
-    )
+    # Weighted mean over the epoch's steps, each before its update; of L-BFGS after the iteration. None: not trained.
+    train_loss: float | None
     validation_loss: float | None  # after the epoch; None without validation rows
     validation_accuracy: float | None
 
@@ -89,7 +89,7 @@ def train_heads(
     """Train heads at once, each until its validation loss has not fallen for `patience` epochs; keep the best weights.
 
     All see the same batches, and end when the last of them does. Without validation rows nothing can say when to stop:
-    all epochs are run and the last weights are kept.
+    all epochs are run and the last weights are kept. Heads that are not trained remember the training rows.
 
     Args:
         candidates: heads, and how each is trained.
@@ -104,6 +104,13 @@ def train_heads(
         EngineError: a loss became infinite or NaN, and there is no other head.
         StorageError: whether there is a checkpoint cannot be said.
     """
+    learning = [one for one in candidates if open_head(one.head).learns_by_gradient]
+    if len(learning) < len(candidates):
+        learned = iter(
+            train_heads(learning, strategy, rows, config, report, held, checkpoints) if learning else ()
+        )
+        agreed = agreement(strategy)
+        return [next(learned) if one in learning else _remembered(one, rows, agreed) for one in candidates]
     steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
     with strategy.scope():
         learners = [_learner(candidate, rows, steps_per_epoch, config) for candidate in candidates]
@@ -166,6 +173,9 @@ def out_of_fold_logits(
         held: as `hold_rows` gives it.
     """
     num_folds = int(folds_N.max()) + 1
+    head = open_head(candidate.head)
+    if not head.learns_by_gradient:
+        return _logits_of_others(head, rows, folds_N)
     steps_per_epoch = math.ceil(len(rows.train) / min(config.batch_size, len(rows.train)))
 
     def seen(rows_SRB: NDArray[np.int64], weights_SRB: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -184,6 +194,44 @@ def out_of_fold_logits(
         unseen = rows.train[folds_N[rows.train] == fold]
         logits_NK[unseen] = compile_logits(learner.network)(rows.embeddings_ND[unseen])
     return logits_NK
+
+
+def _remembered(candidate: Candidate, rows: TrainingRows, agreed: Agreed) -> Trained:
+    """A head that is made of the training rows."""
+    head = open_head(candidate.head)
+    network = head.remember(rows.embeddings_ND[rows.train], rows.targets_N[rows.train], rows.num_classes)
+    watched = _watched(
+        compile_logits(network), rows.embeddings_ND[rows.validation], rows.targets_N[rows.validation]
+    )
+    loss, accuracy = agreed(np.array(watched)).tolist() if watched else (None, None)
+    history = (Epoch(1, None, loss, accuracy),)
+    return Trained(network, TrainingResult(history, 1, "nothing is trained: the training rows vote"))
+
+
+def _logits_of_others(head: Head, rows: TrainingRows, folds_N: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What a head says of each row that remembers the rows of all other folds."""
+    logits_NK = np.zeros((len(folds_N), rows.num_classes), np.float32)
+    for fold in range(int(folds_N.max()) + 1):
+        is_unseen = folds_N[rows.train] == fold
+        seen, unseen = rows.train[~is_unseen], rows.train[is_unseen]
+        if len(seen) and len(unseen):
+            network = head.remember(rows.embeddings_ND[seen], rows.targets_N[seen], rows.num_classes)
+            logits_NK[unseen] = compile_logits(network)(rows.embeddings_ND[unseen])
+    return logits_NK
+
+
+def _watched(
+    logits: Callable[[NDArray[np.floating[Any]]], NDArray[np.float32]],
+    watched_VD: NDArray[np.floating[Any]],
+    watched_V: NDArray[np.integer[Any]],
+) -> tuple[float, ...]:
+    """Loss and accuracy on the validation rows; nothing without any."""
+    if not len(watched_V):
+        return ()
+    watched_VK = logits(watched_VD)
+    if watched_V.ndim == 2:
+        return binary_cross_entropy(watched_VK, watched_V), share_right(watched_VK, watched_V)
+    return metrics.cross_entropy(watched_VK, watched_V), metrics.accuracy(watched_VK, watched_V)
 
 
 def _learner(
@@ -220,7 +268,7 @@ def _restored(state: State | None, courses: Sequence[_Course], passes: Passes) -
     return epoch
 
 
-def _refuse_two_beginnings(first: int, agreed: Callable[[Any], NDArray[np.float64]]) -> None:
+def _refuse_two_beginnings(first: int, agreed: Agreed) -> None:
     """A driver that was killed may have left a worker behind, which wrote once more while others were reading."""
     chiefs = int(agreed(np.array([first], np.float64))[0])
     if chiefs != first:
@@ -249,12 +297,7 @@ class _Course:
         self, watched_VD: NDArray[np.floating[Any]], watched_V: NDArray[np.integer[Any]]
     ) -> tuple[float, ...]:
         """Loss and accuracy on the validation rows now; nothing without any."""
-        if not len(watched_V):
-            return ()
-        watched_VK = self._logits(watched_VD)
-        if watched_V.ndim == 2:
-            return binary_cross_entropy(watched_VK, watched_V), share_right(watched_VK, watched_V)
-        return metrics.cross_entropy(watched_VK, watched_V), metrics.accuracy(watched_VK, watched_V)
+        return _watched(self._logits, watched_VD, watched_V)
 
     def take(self, epoch: int, train_loss: float, watched: Sequence[float], has_converged: bool) -> None:
         """An epoch came to its end: is it the best until now, and was it the last?"""
