@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -165,6 +166,32 @@ def inspect(
     _print_facts(facts, as_json)
     if facts.get("damaged"):
         raise BundleError(f"{uri}: the bundle is damaged", found=", ".join(facts["damaged"]))
+
+
+@app.command()
+def export(
+    bundle: Annotated[str, typer.Argument(help="URI of a bundle.")],
+    target: Annotated[str, typer.Argument(help="URI of the folder for the SavedModel; it must be empty.")],
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Write backbone and head as one TensorFlow SavedModel: images in, labels and probabilities out.
+
+    Signature serving_default takes pixels, uint8 (B, S, S, 3), RGB, and answers what the pipeline answers, which is
+    checked before anything is written. Signature encoded takes whole JPEG, PNG, GIF or BMP files; TensorFlow decodes
+    them by its own rules, so that probabilities differ a little, and pictures that say they are turned are not.
+    Keys for S3 come from the usual AWS environment or role.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded
+    from engine.export import export_bundle
+    from engine.heads.bundle import open_bundle
+    from engine.storage import open_store
+
+    storage = _storage("export", endpoint_url, region, anonymous)
+    exported = export_bundle(open_bundle(open_store(bundle, storage)), open_store(target, storage), storage)
+    _print_facts(asdict(exported), as_json)
 
 
 @app.command()
