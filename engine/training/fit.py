@@ -103,7 +103,7 @@ def fit_head(
         name: np.flatnonzero((splits_N == name) & targets.usable_N) for name in SPLIT_NAMES
     }
     embeddings_ND = labelled_embeddings(table["embedding"], labelled.positions_N, int(record["width"]))
-    _say_what_is_left_out(labelled, targets, rows_of)
+    _say_what_is_left_out(labelled, targets, rows_of, int((splits_N == "").sum()))
 
     tried = candidates(settings)
     if len(tried) > 1 and not len(rows_of["validation"]):
@@ -261,7 +261,8 @@ def _refuse_divided_groups(groups: Sequence[str], splits_N: NDArray[np.str_], sp
         return
     sides: dict[str, set[str]] = {}
     for group, side in zip(groups, splits_N.tolist(), strict=True):
-        sides.setdefault(group, set()).add("test" if side == "test" else "train or validation")
+        if side:
+            sides.setdefault(group, set()).add("test" if side == "test" else "train or validation")
     divided = sorted(group.partition("\n")[2] or group for group, found in sides.items() if len(found) > 1)
     if divided:
         raise LabelError(
@@ -273,13 +274,17 @@ def _refuse_divided_groups(groups: Sequence[str], splits_N: NDArray[np.str_], sp
 
 
 def _say_what_is_left_out(
-    labelled: LabelledRows, targets: Targets, rows_of: Mapping[str, NDArray[np.int64]]
+    labelled: LabelledRows, targets: Targets, rows_of: Mapping[str, NDArray[np.int64]], outside: int
 ) -> None:
     counts = labelled.counts
     if counts.unlabelled:
         log.warning("%d of %d rows have no label and are left out", counts.unlabelled, counts.rows_in_table)
     if counts.unknown_keys:
         log.warning("%d labels belong to no row of the table and are ignored", counts.unknown_keys)
+    if counts.conflicting_keys:
+        log.warning("%d keys have several labels; their rows are left out", counts.conflicting_keys)
+    if outside:
+        log.warning("%d labelled rows are outside of all slices of the split", outside)
     for name, rows in targets.unseen.items():
         log.warning(
             "class %r has no training row and is left out, with the labels of its %d rows", name, rows

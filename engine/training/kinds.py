@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -29,34 +32,108 @@ class LabelsConfig(Config):
     label: str = Field(default="label", min_length=1)
     """Column (of the label file, or of the table where uri is null) that holds the label. Empty: no label. With several
     labels for a row: a list of texts (an empty one says that there are none), or texts; lines of one key add up."""
+    conflicts: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of keys to which lines of the label file give different labels; left out, they are counted and
+    listed in metrics.json, like labels of unknown keys and rows without a label."""
     separator: str | None = Field(default=None, min_length=1)
     """What stands between the labels of a row where they are one text, e.g. "|"; only with several labels for a row."""
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows of one value of the split column, from one share of them to another.
+
+    Attributes:
+        name: the value; `all` without a column.
+        begin, end: in the order of the rows' hashes, from 0 to 1.
+    """
+
+    name: str
+    begin: float = 0.0
+    end: float = 1.0
+
+    @staticmethod
+    def parsed(text: str) -> Slice:
+        """`train`, `train[:80%]`, `train[80%:]` or `train[10%:20%]`.
+
+        Raises:
+            ValueError: another text, or no rows by its own words.
+        """
+        found = _SLICE.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no slice such as 'train', 'train[:80%]' or 'train[80%:]'")
+        begin, end = float(found[2] or 0) / 100, float(found[3] or 100) / 100
+        if not begin < end <= 1:
+            raise ValueError(f"{text!r} holds no rows: from {begin:.0%} to {end:.0%}")
+        return Slice(found[1], begin, end)
+
+    def overlaps(self, other: Slice) -> bool:
+        """Whether a row can be in both."""
+        return self.name == other.name and self.begin < other.end and other.begin < self.end
+
+
+_SLICE = re.compile(r"([^\[\]]+?)(?:\[(?:(\d+(?:\.\d+)?)%)?:(?:(\d+(?:\.\d+)?)%)?\])?")
+Share = Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(min_length=1)]
+
+
 class SplitConfig(Config):
-    """Which rows train, which choose when to stop, and which only judge. Fractions must sum to 1."""
+    """Which rows train, which choose when to stop, and which only judge. Fractions must sum to 1.
+
+    In place of fractions there may be slices in the manner of TensorFlow Datasets, `train: "train[:80%]"`, `validation:
+    "train[80%:]"`, `test: test`: values of `column` (`all` without one) and shares of their rows, by the same hash.
+    """
 
     column: str | None = None
-    """Column of the label file (or of the table) that says train, validation or test for each row. null: a
-    hash of seed and key decides."""
+    """Column of the label file (or of the table) that says train, validation or test for each row, or with slices
+    anything. null: a hash of seed and key decides."""
     group: str | None = None
     """Column (of the label file, or of the table) whose rows of one value stay together: frames of a scene, photos of a
     patient. The hash is then of that value; with `column`, validation is taken by it. Empty: the key stands for it."""
-    train: float = Field(default=0.8, gt=0, le=1)
-    """Fraction of the rows that the head is fitted on."""
-    validation: float = Field(default=0.1, ge=0, lt=1)
+    train: Share = 0.8
+    """Fraction of the rows that the head is fitted on, or a slice."""
+    validation: Share = 0.1
     """Fraction of the rows that early stopping looks at. 0: none; all epochs are run and the last one is kept.
     With `column`: where no row says validation, validation / (train + validation) of the train rows are taken."""
-    test: float = Field(default=0.1, ge=0, lt=1)
+    test: Share = 0.1
     """Fraction of the rows that nothing but the final metrics sees."""
     seed: int = 0
     """Part of the hash: another seed is another split."""
 
+    @property
+    def slices(self) -> dict[SplitName, Slice]:
+        """Those that the recipe has; none where it has fractions."""
+        given: dict[SplitName, float | str] = {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+        }
+        return {name: Slice.parsed(share) for name, share in given.items() if isinstance(share, str)}
+
+    @property
+    def fractions(self) -> dict[SplitName, float]:
+        """Of a recipe without slices."""
+        return {"train": float(self.train), "validation": float(self.validation), "test": float(self.test)}
+
     @model_validator(mode="after")
-    def _fractions_sum_to_one(self) -> Self:
-        total = self.train + self.validation + self.test
-        if not math.isclose(total, 1.0, abs_tol=1e-6):
-            raise ValueError(f"train + validation + test must be 1, not {total:.6g}")
+    def _shares_go_together(self) -> Self:
+        slices = self.slices
+        if not slices:
+            total = sum(self.fractions.values())
+            if not math.isclose(total, 1.0, abs_tol=1e-6):
+                raise ValueError(f"train + validation + test must be 1, not {total:.6g}")
+            if not self.train:
+                raise ValueError("train: no rows to fit on")
+            return self
+        for name in SPLIT_NAMES:
+            if name not in slices and getattr(self, name) != 0:
+                raise ValueError(f"{name}: a fraction beside slices; give a slice, or 0 for no rows")
+        if "train" not in slices:
+            raise ValueError("train: no rows to fit on")
+        if self.column is None and any(one.name != "all" for one in slices.values()):
+            raise ValueError("without `column` there is only the slice all, as in all[:80%]")
+        for one, other in combinations(slices, 2):
+            if slices[one].overlaps(slices[other]):
+                raise ValueError(f"{one} and {other} share rows")
         return self
 
 

@@ -25,6 +25,7 @@ from engine.training.kinds import LabelsConfig
 _BETWEEN = "\0"  # before each label of a row that may have several; no text of a CSV file or a table has one
 _VALUE = "value:"  # before the names of further columns, so that none is taken for a key or a label
 EXAMPLES = 5  # how many offending keys a message shows
+LISTED = 20  # how many metrics.json does
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,22 @@ class LabelCounts:
     labelled: int
     unlabelled: int  # rows of the table without a label: left out of the fit
     unknown_keys: int  # labels whose key is not in the table: ignored
+    conflicting_keys: int = 0  # keys with several labels, where that is not refused: their rows have none
+    unlabelled_examples: tuple[str, ...] = ()  # the first few of each, by key
+    unknown_examples: tuple[str, ...] = ()
+    conflicting_examples: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """For metrics.json."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ignored:
+    """Keys of a label file that say nothing: no row has them, or they have several labels."""
+
+    unknown: tuple[str, ...]
+    conflicting: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +108,29 @@ def join_labels(
     if config.uri is None:
         labels = _labels_column(table, config, "embedding table", several)
         values = {name: _text_column(table, name, "embedding table") for name in columns}
-        unknown_keys = 0
+        ignored = _Ignored((), ())
     else:
-        labels, values, unknown_keys = _from_file(table, config, columns, storage, several)
+        labels, values, ignored = _from_file(table, config, columns, storage, several)
     is_labelled = pc.fill_null(pc.not_equal(labels, ""), False)
     positions_N = np.flatnonzero(is_labelled.to_numpy(zero_copy_only=False))
     if len(positions_N) == 0:
-        raise _nothing_labelled(table, config, unknown_keys)
+        raise _nothing_labelled(table, config, len(ignored.unknown))
+    without = table["key"].filter(pc.invert(is_labelled))
     return LabelledRows(
         positions_N=positions_N,
         keys=table["key"].take(positions_N).to_pylist(),
         labels=labels.take(positions_N).to_pylist(),
         values={name: column.take(positions_N).to_pylist() for name, column in values.items()},
-        counts=LabelCounts(table.num_rows, len(positions_N), table.num_rows - len(positions_N), unknown_keys),
+        counts=LabelCounts(
+            rows_in_table=table.num_rows,
+            labelled=len(positions_N),
+            unlabelled=len(without),
+            unknown_keys=len(ignored.unknown),
+            conflicting_keys=len(ignored.conflicting),
+            unlabelled_examples=tuple(without.slice(0, LISTED).to_pylist()),
+            unknown_examples=ignored.unknown[:LISTED],
+            conflicting_examples=ignored.conflicting[:LISTED],
+        ),
     )
 
 
@@ -134,8 +157,8 @@ def encode_classes(labels: Sequence[str], is_train_N: NDArray[np.bool_]) -> Clas
 
 def _from_file(
     table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig, several: bool
-) -> tuple[pa.ChunkedArray, dict[str, pa.ChunkedArray], int]:
-    """Labels and further values in the table's row order, and how many labels belong to no row."""
+) -> tuple[pa.ChunkedArray, dict[str, pa.ChunkedArray], _Ignored]:
+    """Labels and further values in the table's row order, and which labels say nothing."""
     assert config.uri is not None
     file = _read_label_file(config.uri, storage)
     in_file = [name for name in columns if name in file.column_names]
@@ -153,16 +176,21 @@ def _from_file(
     by_shard = _joins_by_shard(table, given, config.uri)
     row_ids = _ids(table, by_shard)
     given = given.append_column("id", _ids(given, by_shard))
-    one_each = _one_per_id(_added_up(given) if several else given, config.uri)
+    given = _added_up(given) if several else given
+    conflicting = (
+        _with_several_labels(given) if config.conflicts == "leave_out" else pa.array([], pa.string())
+    )
+    given = given.filter(pc.invert(pc.is_in(given["id"], conflicting)))
+    one_each = _one_per_id(given, config.uri)
     places = pc.index_in(row_ids, value_set=one_each["id"].combine_chunks())
-    unknown_keys = one_each.num_rows - pc.count_distinct(places, mode="only_valid").as_py()
+    unknown = one_each["id"].filter(pc.invert(pc.is_in(one_each["id"], row_ids.combine_chunks())))
     values = {
         name: one_each[_VALUE + name].take(places)
         if name in in_file
         else _text_column(table, name, f"{config.uri} and embedding table")
         for name in columns
     }
-    return one_each["label"].take(places), values, unknown_keys
+    return one_each["label"].take(places), values, _Ignored(_shown(unknown), _shown(conflicting))
 
 
 def label_set(text: str) -> tuple[str, ...]:
@@ -338,6 +366,16 @@ def _one_per_id(given: pa.Table, uri: str) -> pa.Table:
     return pa.table({"id": grouped["id"], **{name: grouped[f"{name}_first"] for name in values}})
 
 
+def _with_several_labels(given: pa.Table) -> pa.Array:
+    """Ids that different lines give different labels."""
+    grouped = given.group_by("id", use_threads=False).aggregate([("label", "count_distinct")])
+    return grouped["id"].filter(pc.greater(grouped["label_count_distinct"], 1)).combine_chunks()
+
+
+def _shown(ids: pa.Array | pa.ChunkedArray) -> tuple[str, ...]:
+    return tuple(text.replace("\0", "/") for text in sorted(ids.to_pylist()))
+
+
 def _conflict(given: pa.Table, name: str, ids: list[str], uri: str) -> LabelError:
     shown = []
     for text in ids[:EXAMPLES]:
@@ -347,7 +385,7 @@ def _conflict(given: pa.Table, name: str, ids: list[str], uri: str) -> LabelErro
         f"labels.uri {uri}: {len(ids)} keys have more than one {name.removeprefix(_VALUE)}",
         found="; ".join(shown) + ("; ..." if len(ids) > EXAMPLES else ""),
         wanted=f"one {name.removeprefix(_VALUE)} per key",
-        way_out="keep one line per key in the label file",
+        way_out="keep one line per key in the label file, or set labels.conflicts to leave_out",
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import LabelError
-from engine.training.kinds import SPLIT_NAMES, SplitConfig
+from engine.training.kinds import SPLIT_NAMES, SplitConfig, SplitName
 
 
 def hash_fraction(seed: int, key: str) -> float:
@@ -37,13 +37,16 @@ def assign_splits(
         config: fractions and seed.
 
     Returns:
-        N texts out of train, validation, test. Validation and test may be empty.
+        N texts out of train, validation, test, and with slices "" for rows outside of all. Validation and test may have
+        no rows.
 
     Raises:
         LabelError: a cell is none of the three words, or no row is left to train on.
     """
-    if values is None:
-        fractions = {"train": config.train, "validation": config.validation, "test": config.test}
+    if config.slices:
+        splits = _by_slices(keys, values, config)
+    elif values is None:
+        fractions = config.fractions
         splits = [_pick(hash_fraction(config.seed, key), fractions) for key in keys]
     else:
         splits = _checked(values, config.column)
@@ -58,7 +61,31 @@ def assign_splits(
     return np.array(splits, dtype=np.str_)
 
 
-def _pick(place: float, fractions: Mapping[str, float]) -> str:
+def _by_slices(keys: Sequence[str], values: Sequence[str | None] | None, config: SplitConfig) -> list[str]:
+    """The split whose slice holds the row, "" where none does.
+
+    Raises:
+        LabelError: a slice is of a value that no row has.
+    """
+    names = ["all"] * len(keys) if values is None else values
+    absent = sorted({one.name for one in config.slices.values()} - {name or "" for name in names})
+    if absent:
+        raise LabelError(
+            f"split: no row is of {', '.join(absent)}",
+            found=", ".join(sorted({name or "(empty)" for name in names})[:5]),
+            way_out=f"correct the slices, or split.column {config.column}",
+        )
+    splits = []
+    for key, name in zip(keys, names, strict=True):
+        place = hash_fraction(config.seed, key)
+        inside = (
+            split for split, one in config.slices.items() if one.name == name and one.begin <= place < one.end
+        )
+        splits.append(next(inside, ""))
+    return splits
+
+
+def _pick(place: float, fractions: Mapping[SplitName, float]) -> str:
     """The split whose interval holds `place`; rounding of the sum never opens an interval of width 0."""
     names = [name for name, fraction in fractions.items() if fraction > 0]
     upper = 0.0
@@ -82,9 +109,11 @@ def _checked(values: Sequence[str | None], column: str | None) -> list[str]:
 
 def _with_validation(splits: Sequence[str], keys: Sequence[str], config: SplitConfig) -> list[str]:
     """Take validation / (train + validation) of the train rows, by hash, for validation."""
-    fractions = {"train": config.train, "validation": config.validation}
-    total = config.train + config.validation
-    shares = {name: fraction / total for name, fraction in fractions.items()}
+    total = config.fractions["train"] + config.fractions["validation"]
+    shares: dict[SplitName, float] = {
+        "train": config.fractions["train"] / total,
+        "validation": config.fractions["validation"] / total,
+    }
     return [
         _pick(hash_fraction(config.seed, key), shares) if split == "train" else split
         for split, key in zip(splits, keys, strict=True)
@@ -92,4 +121,9 @@ def _with_validation(splits: Sequence[str], keys: Sequence[str], config: SplitCo
 
 
 def _counted(splits: Sequence[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(Counter(splits).items())) or "none"
+    return (
+        ", ".join(
+            f"{count} {name or 'outside of all slices'}" for name, count in sorted(Counter(splits).items())
+        )
+        or "none"
+    )

@@ -109,6 +109,10 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
         "labelled": 211,
         "unlabelled": 0,
         "unknown_keys": 0,
+        "conflicting_keys": 0,
+        "unlabelled_examples": [],
+        "unknown_examples": [],
+        "conflicting_examples": [],
         "classes_without_training_rows": {},
     }
     assert sum(sum(split["rows_per_class"].values()) for split in metrics["split"].values()) == 211
@@ -352,3 +356,17 @@ def test_embeddings_are_gathered_across_chunks_in_their_dtype(dtype: type[np.flo
     np.testing.assert_array_equal(gathered_ND, whole_ND[positions_N])
     with pytest.raises(TableDamaged, match=r"found: +3\n +wanted: +8"):
         labelled_embeddings(chunked, positions_N, 8)
+
+
+def test_rows_outside_of_all_slices_are_said_and_counted_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fold = ["old" if row % 3 else "new" for row in range(211)]
+    split = {"column": "fold", "train": "old[:70%]", "validation": "old[70%:90%]", "test": "new"}
+    with caplog.at_level(logging.WARNING, "engine"):
+        summary, metrics = fit(made_table(fold=fold), tmp_path, split=split, training={"epochs": 2})
+    rows = {name: metrics["split"][name]["rows"] for name in ("train", "validation", "test")}
+    assert rows["test"] == 71 and rows["train"] > 3 * rows["validation"]
+    left_out = 211 - sum(rows.values())
+    assert 0 < left_out < 40 and summary["rows"] == 211 - left_out
+    assert f"{left_out} labelled rows are outside of all slices" in caplog.text

@@ -44,6 +44,10 @@ def test_labels_of_the_table_itself_leave_out_rows_without_one() -> None:
         "labelled": 3,
         "unlabelled": 2,
         "unknown_keys": 0,
+        "conflicting_keys": 0,
+        "unlabelled_examples": ("b", "d"),
+        "unknown_examples": (),
+        "conflicting_examples": (),
     }
 
 
@@ -57,6 +61,10 @@ def test_csv_labels_join_on_the_key_in_the_order_of_the_table(tmp_path: Path) ->
         "labelled": 2,
         "unlabelled": 2,
         "unknown_keys": 2,
+        "conflicting_keys": 0,
+        "unlabelled_examples": ("b", "d"),
+        "unknown_examples": ("nowhere", "nowhere2"),
+        "conflicting_examples": (),
     }
 
 
@@ -208,3 +216,13 @@ def test_classes_are_those_of_training_rows_sorted_by_code_point() -> None:
 def test_fewer_than_two_training_classes_are_refused() -> None:
     with pytest.raises(LabelError, match=r"(?s)2 training rows, classes: a\n.*at least 2 classes"):
         encode_classes(["a", "a", "b"], np.array([True, True, False]))
+
+
+def test_keys_with_several_labels_are_left_out_and_listed_where_that_is_wished(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("key,label\na,1\nb,1\na,2\nc,3\nc,3\nnowhere,1\nnowhere,2\n")
+    config = LabelsConfig(uri=str(tmp_path / "labels.csv"), conflicts="leave_out")
+    found = join_labels(embedding_table(list("abcd")), config, (), STORAGE)
+    assert (found.keys, found.labels) == (["b", "c"], ["1", "3"])
+    counts = found.counts
+    assert (counts.conflicting_keys, counts.conflicting_examples) == (2, ("a", "nowhere"))
+    assert (counts.unlabelled, counts.unlabelled_examples, counts.unknown_keys) == (2, ("a", "d"), 0)

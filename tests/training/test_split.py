@@ -90,3 +90,43 @@ def test_no_validation_share_takes_nothing_from_train() -> None:
 def test_no_training_rows_are_refused() -> None:
     with pytest.raises(LabelError, match=r"(?s)no rows to train on.*3 labelled rows: 2 test, 1 validation"):
         assign_splits(list("abc"), ["test", "validation", "test"], SplitConfig(column="fold"))
+
+
+def test_slices_are_shares_of_the_same_order_that_fractions_have() -> None:
+    keys = [f"img{number}" for number in range(1009)]
+    by_fractions = assign_splits(keys, None, SplitConfig(seed=3))
+    sliced = SplitConfig(train="all[:80%]", validation="all[80%:90%]", test="all[90%:]", seed=3)
+    assert assign_splits(keys, None, sliced).tolist() == by_fractions.tolist()
+    some = SplitConfig(train="all[:12.5%]", validation=0, test="all[50%:]", seed=3)
+    found = Counter(assign_splits(keys, None, some).tolist())
+    assert found["train"] == sum(hash_fraction(3, key) < 0.125 for key in keys)
+    assert found[""] + found["train"] + found["test"] == 1009 and found["validation"] == 0
+
+
+def test_slices_name_values_of_the_column() -> None:
+    config = SplitConfig(column="fold", train="old", validation="new[:50%]", test="new[50%:]")
+    values = ["old", "new", None, "other"] * 100
+    splits = assign_splits([str(number) for number in range(400)], values, config)
+    assert set(splits[::4]) == {"train"} and set(splits[1::4]) == {"validation", "test"}
+    assert set(splits[2::4]) == set(splits[3::4]) == {""}
+    with pytest.raises(LabelError, match=r"(?s)no row is of new.*\(empty\), old"):
+        assign_splits(["a", "b"], ["old", None], config)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train": "train[80%]"}, "is no slice"),
+        ({"train": "train[:80]"}, "is no slice"),
+        ({"train": "train[80%:20%]"}, "holds no rows"),
+        ({"train": "train[:120%]"}, "holds no rows"),
+        ({"train": "train[:80%]"}, "validation: a fraction beside slices"),
+        ({"train": "a", "validation": "b", "test": "c", "column": None}, "only the slice all"),
+        ({"train": "a[:80%]", "validation": "a[70%:]", "test": 0}, "train and validation share rows"),
+        ({"train": 0, "validation": "a", "test": 0}, "no rows to fit on"),
+        ({"train": 0.0, "validation": 0.5, "test": 0.5}, "no rows to fit on"),
+    ],
+)
+def test_slices_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SplitConfig.model_validate({"column": "fold", **wrong})
