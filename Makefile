@@ -29,8 +29,9 @@ bench: .venv/.installed  ## images/s of the engine, of hand-written programs and
 bench-decoding: .venv/.installed  ## time and fidelity of decoding, beside OpenCV, Pillow and TensorFlow
 	.venv/bin/python -m tests.benchmarks.decoding
 
-bench-heads: .venv/.installed  ## accuracy and time of heads beside scikit-learn, and what a grid costs
+bench-heads: .venv/.installed  ## heads beside scikit-learn: accuracy, time, what a grid costs, wrong labels that are found
 	.venv/bin/python -m tests.benchmarks.heads $(BENCH)
+	.venv/bin/python -m tests.benchmarks.head_sets
 
 bench-growth: .venv/.installed  ## how the rate grows with actors, shards, images and parts; `make bench-growth BENCH=--quick`
 	.venv/bin/python -m tests.benchmarks.growth $(BENCH)

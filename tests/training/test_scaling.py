@@ -35,3 +35,15 @@ def test_what_never_changes_is_left_out_and_nothing_becomes_infinite() -> None:
     np.testing.assert_array_equal(alike.apply(np.ones((3, 2), np.float32)), np.zeros((3, 2)))
     one_row = Scaling.of(np.ones((3, 2), np.float32), np.array([1]))
     np.testing.assert_array_equal(one_row.multiply_D, [0.0, 0.0])
+
+
+def test_a_number_that_hardly_moves_in_the_training_rows_cannot_outweigh_all_others_elsewhere() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(1_000, 8)).astype(np.float32)
+    rows[:, 3] = 0
+    rows[17, 3], rows[999, 3] = 0.001, 1.0  # once in the training rows, and once, larger, in the others
+    found = Scaling.of(rows, np.arange(900))
+    assert found.multiply_D[3] == pytest.approx(
+        20 * np.median(found.multiply_D[[0, 1, 2, 4, 5, 6, 7]]), rel=0.1
+    )
+    assert np.abs(found.apply(rows)).max() < 30
