@@ -61,7 +61,8 @@ def export_bundle(bundle: Bundle, target: Store, storage: StorageConfig) -> Expo
     Raises:
         BundleError: the model answers something else than the pipeline.
         CanaryMismatch: the backbone's weights are not those of the embeddings any more.
-        RecipeError: the target is not empty, or the embeddings were made in a reduced precision.
+        RecipeError: the target is not empty, the embeddings were made in a reduced precision, or the head takes side
+            features.
         WeightsError, StorageError: something cannot be read or written.
     """
     if next(iter(target.names()), None) is not None:
@@ -69,6 +70,12 @@ def export_bundle(bundle: Bundle, target: Store, storage: StorageConfig) -> Expo
             f"{target.uri}: not empty",
             wanted="an empty folder",
             way_out="remove what is there, or name another",
+        )
+    if bundle.manifest.side_features:
+        raise RecipeError(
+            f"export of {bundle.store.uri}: its head takes columns of a table, which an image does not have",
+            found=", ".join(one.column for one in bundle.manifest.side_features),
+            way_out="fit without side_features",
         )
     record = bundle.document("embeddings_table")
     resolution = _backbone(record, storage)

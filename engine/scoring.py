@@ -91,7 +91,7 @@ class PartScorer:
         name = parse_part_name(info.path)
         if name is None:
             raise TableDamaged(f"{info.path}: not the name of a part")
-        embeddings = read_part(self._embeddings, info, ["key", "shard", "index", "embedding"])
+        embeddings = read_part(self._embeddings, info, self._predictor.columns)
         predictions = self._predictor.predict_table(embeddings)
         facts = PredictionPartFacts(
             bundle=self._job.bundle_id,

@@ -137,6 +137,7 @@ def plan(recipe: FitRecipe) -> dict[str, Any]:
 
 def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
     """The table, and the columns to read; refuses what is known to be wrong before Ray starts."""
+    from engine.heads.side_features import side_columns
     from engine.storage import open_store
     from engine.tables import open_table
     from engine.training.grid import candidates
@@ -153,14 +154,25 @@ def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
         columns += [recipe.labels.label, *wanted]
     else:  # what is not here must be in the label file
         columns += [name for name in wanted if name in there]
+    columns += side_columns(recipe.side_features)
+    require_columns(table, columns, "labels.label, split.column, split.group or side_features")
+    return table, list(dict.fromkeys(columns))
+
+
+def require_columns(table: Table, columns: list[str], wanted_by: str) -> None:
+    """Refuse a table without some columns.
+
+    Raises:
+        LabelError: with their names, and what the table has.
+    """
+    there = table.column_names()
     absent = [column for column in columns if column not in there]
     if absent:
         raise LabelError(
-            f"{recipe.embeddings.uri}: no column {', '.join(absent)}",
+            f"{table.store.uri}: no column {', '.join(absent)}",
             found=", ".join(there),
-            way_out="correct labels.label, split.column or split.group, or name a label file in labels.uri",
+            way_out=f"correct {wanted_by}; labels may also come from a file, as labels.uri",
         )
-    return table, list(dict.fromkeys(columns))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from engine import __version__
 from engine.config import Config
 from engine.storage import StorageConfig, Uri
-from jobs.fit import EmbeddingInput
+from jobs.fit import EmbeddingInput, require_columns
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def plan(recipe: ScoreRecipe) -> dict[str, Any]:
 def _look(recipe: ScoreRecipe) -> tuple[ScoreJob, Table, Store, list[tuple[PartName, ObjectInfo]]]:
     """Listings, records and the bundle's manifest; refuses what does not belong together."""
     from engine.heads.bundle import check_fingerprint, open_bundle
+    from engine.heads.side_features import side_columns
     from engine.scoring import ScoreJob, pending_parts
     from engine.storage import open_store
     from engine.tables import check_contract, list_parts, open_table, read_record
@@ -136,6 +137,8 @@ def _look(recipe: ScoreRecipe) -> tuple[ScoreJob, Table, Store, list[tuple[PartN
     embeddings = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle = open_bundle(open_store(wanted.uri, recipe.storage))
     check_fingerprint(bundle, embeddings.record)
+    if bundle.manifest.side_features:
+        require_columns(embeddings, side_columns(bundle.manifest.side_features), "the bundle's side features")
     predictions = open_store(wanted.output.uri, recipe.storage)
     job = ScoreJob(
         embeddings_uri=embeddings.store.uri,

@@ -5,6 +5,7 @@
     <bundle>/metrics.<sha8>.json             how well it does, and on which rows
     <bundle>/embeddings_table.<sha8>.json    the `_table.json` of the embeddings it was fitted on
     <bundle>/recipe.<sha8>.json              the recipe of the fit
+    <bundle>/feature_space.<sha8>.keras      how columns become numbers, where the head takes some
     <bundle>/suspects.<sha8>.json            labels that are probably wrong, where they were looked for
     <bundle>/bundle.json                     names all of these with their sha-256; written last
 
@@ -36,11 +37,20 @@ from engine.config import Config, stable_hash
 from engine.errors import BundleError, ContractMismatch, ObjectNotFound
 from engine.heads.base import AffineMap
 from engine.heads.confidence import Calibration
-from engine.heads.kinds import AnyHeadConfig, CustomHeadConfig, HeadConfig, KnnHeadConfig, open_head
+from engine.heads.kinds import (
+    AnyHeadConfig,
+    CustomHeadConfig,
+    HeadConfig,
+    KnnHeadConfig,
+    SideFeatureConfig,
+    open_head,
+)
 from engine.storage import Store
 
 if TYPE_CHECKING:
     import keras
+
+    from engine.heads.side_features import SideEncoder
 
 Task = Literal["single_label", "multi_label"]
 BUNDLE_SCHEMA_VERSION: Literal[1] = 1
@@ -78,10 +88,13 @@ class Manifest(Config):
     """How logits become probabilities."""
     thresholds: tuple[float, ...] = ()
     """Of each class the probability from which on a row is given it; of single_label bundles none."""
+    side_features: tuple[SideFeatureConfig, ...] = ()
+    """Columns of a table that the head takes beside its embedding."""
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
     files: dict[str, BundleFile]
-    """The bundle's files by role: head or weights, metrics, embeddings_table, recipe; perhaps matrix and suspects."""
+    """The bundle's files by role: head or weights, metrics, embeddings_table, recipe; perhaps matrix, feature_space and
+    suspects."""
     versions: dict[str, str]
     """Of Python and of the packages that made the bundle."""
     created: str
@@ -109,6 +122,8 @@ class TrainedHead:
     task: Task
     calibration: Calibration = field(default_factory=Calibration)
     thresholds: tuple[float, ...] = ()  # K of them for multi_label, else none
+    side_features: tuple[SideFeatureConfig, ...] = ()
+    side: SideEncoder | None = None  # of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +162,11 @@ class Bundle:
     def _rebuilt(self, config: CustomHeadConfig) -> keras.Model:
         from engine.heads.custom import rebuilt
 
+        side = self.side_encoder()
+        width = self.manifest.width + (side.width if side else 0)
         with np.load(io.BytesIO(self.read("weights")), allow_pickle=False) as tensors:
             try:
-                return rebuilt(config, self.manifest.width, len(self.manifest.classes), tensors)
+                return rebuilt(config, width, len(self.manifest.classes), tensors)
             except ValueError as error:  # what Keras raises for weights of another shape
                 raise BundleError(
                     f"bundle {self.store.uri}: head.build {config.build} builds another network than was fitted",
@@ -163,6 +180,18 @@ class Bundle:
             return None
         with np.load(io.BytesIO(self.read("matrix")), allow_pickle=False) as arrays:
             return AffineMap(arrays["kernel_DK"], arrays["bias_K"])
+
+    def side_encoder(self) -> SideEncoder | None:
+        """What turns columns of a table into numbers; None where the head takes embeddings alone.
+
+        Raises:
+            BundleError: the file is damaged, or of a Keras that this one cannot read.
+        """
+        if not self.manifest.side_features:
+            return None
+        from engine.heads.side_features import SideEncoder
+
+        return SideEncoder.from_bytes(self.manifest.side_features, self.read("feature_space"))
 
     def document(self, role: Literal["metrics", "embeddings_table", "recipe", "suspects"]) -> dict[str, Any]:
         """One of the bundle's JSON files."""
@@ -217,6 +246,8 @@ def publish_bundle(
         StorageError: a file could not be written; a bundle that was there before is still whole.
     """
     contents = {**_network_file(head), **_matrix_file(head)}
+    if head.side is not None:
+        contents["feature_space.keras"] = head.side.to_bytes()
     for name, document in (("metrics", metrics), ("embeddings_table", table_record), ("recipe", recipe)):
         contents[f"{name}.json"] = _json_bytes(document)
     if suspects is not None:
@@ -230,6 +261,7 @@ def publish_bundle(
         head=open_head(head.config).stated,
         calibration=head.calibration,
         thresholds=head.thresholds,
+        side_features=head.side_features,
         tensors_sha256=_tensors_sha256(head.network),
         files=files,
         versions=_versions(),
@@ -361,8 +393,11 @@ def _bundle_id(manifest: Manifest) -> str:
     fields = manifest.model_dump(mode="json", exclude={"files", "versions", "created"})
     if not manifest.calibration.entropy_exponent:
         del fields["calibration"]["entropy_exponent"]  # bundles from before there was one keep their ids
-    if not manifest.thresholds:
-        del fields["thresholds"]
+    for name in ("thresholds", "side_features"):
+        if not fields[name]:
+            del fields[name]
+    if "feature_space" in manifest.files:
+        fields["feature_space"] = manifest.files["feature_space"].sha256
     return stable_hash(fields)[:16]
 
 

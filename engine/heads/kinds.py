@@ -69,6 +69,19 @@ HeadConfig = Annotated[
 ]
 
 
+class SideFeatureConfig(Config):
+    """A column of the embedding table that a head takes beside the embedding."""
+
+    column: str = Field(min_length=1)
+    """Its name; `source.metadata` of an extract recipe adds columns."""
+    kind: Literal["categorical", "numeric", "hashed"]
+    """`categorical`: one number for each text that training rows have, and one for all others. `numeric`: the number,
+    less its mean and over its deviation in the training rows; missing is the mean. `hashed`: one number for each of
+    `bins`, which texts fall into by their hash: for columns of very many texts."""
+    bins: int = Field(default=64, ge=2, le=65536)
+    """Of `hashed`."""
+
+
 def open_head(config: AnyHeadConfig) -> Head:
     """The head kind that a recipe names; importing it does not import Keras."""
     if isinstance(config, CustomHeadConfig):

@@ -22,6 +22,7 @@ from engine.errors import LabelError, TableDamaged
 from engine.heads.bundle import TrainedHead, publish_bundle
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
+from engine.heads.side_features import SideEncoder
 from engine.storage import StorageConfig, Store
 from engine.strategies.base import is_chief
 from engine.strategies.kinds import open_strategy
@@ -109,6 +110,11 @@ def fit_head(
     if len(tried) > 1 and not len(rows_of["validation"]):
         raise _nothing_to_choose_by(len(tried), settings)
     strategy = open_strategy(settings.strategy)
+    side = None
+    if settings.side_features:
+        labelled_table = table.take(pa.array(labelled.positions_N))
+        side = SideEncoder.fitted(settings.side_features, labelled_table, rows_of["train"])
+        embeddings_ND = np.hstack([embeddings_ND, side.encode(labelled_table)])
     scaling = Scaling.of(embeddings_ND, rows_of["train"]) if settings.training.standardise else None
     rows = TrainingRows(
         scaling.apply(embeddings_ND) if scaling else embeddings_ND,
@@ -158,6 +164,8 @@ def fit_head(
             settings.task,
             verdict.calibration,
             verdict.thresholds,
+            settings.side_features,
+            side,
         ),
         table_record=record,
         metrics={
@@ -202,7 +210,13 @@ def _training_digest(
     }
     digest = hashlib.sha256(canonical_json(facts).encode())
     # A few numbers of an embedding tell one image from another.
-    for array in (rows.embeddings_ND[:, :8], rows.targets_N, rows.train, rows.validation):
+    for array in (
+        rows.embeddings_ND[:, :8],
+        rows.embeddings_ND[:, -8:],
+        rows.targets_N,
+        rows.train,
+        rows.validation,
+    ):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 

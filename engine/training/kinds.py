@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.config import Config
-from engine.heads.kinds import HeadConfig, LinearHeadConfig
+from engine.heads.kinds import HeadConfig, LinearHeadConfig, SideFeatureConfig
 from engine.storage import Uri
 from engine.strategies.kinds import Mirrored, StrategyConfig
 
@@ -284,6 +284,8 @@ class FitSettings(Config):
     """Which rows train, which choose when to stop, and which only judge."""
     head: HeadConfig = LinearHeadConfig()
     """The classifier to fit."""
+    side_features: tuple[SideFeatureConfig, ...] = ()
+    """Columns of the embedding table that the head takes beside the embedding; tables that are scored need them too."""
     optimizer: OptimizerConfig = AdamConfig()
     """How weights follow gradients."""
     training: TrainingConfig = TrainingConfig()
@@ -299,6 +301,9 @@ class FitSettings(Config):
 
     @model_validator(mode="after")
     def _task_has_what_is_asked_for(self) -> Self:
+        columns = [one.column for one in self.side_features]
+        if len(set(columns)) < len(columns):
+            raise ValueError("side_features: a column is named twice")
         several = self.task == "multi_label"
         if several and self.training.class_weights != "none":
             raise ValueError(

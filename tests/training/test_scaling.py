@@ -37,13 +37,14 @@ def test_what_never_changes_is_left_out_and_nothing_becomes_infinite() -> None:
     np.testing.assert_array_equal(one_row.multiply_D, [0.0, 0.0])
 
 
-def test_a_number_that_hardly_moves_in_the_training_rows_cannot_outweigh_all_others_elsewhere() -> None:
+def test_a_number_that_few_training_rows_move_cannot_outweigh_all_others_elsewhere() -> None:
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(1_000, 8)).astype(np.float32)
-    rows[:, 3] = 0
-    rows[17, 3], rows[999, 3] = 0.001, 1.0  # once in the training rows, and once, larger, in the others
+    rows = rng.normal(size=(1_000, 4)).astype(np.float32)
+    rows[:, 1:3] = 0
+    rows[17, 1], rows[999, 1] = 0.001, 1.0  # once in the training rows, and once, larger, in the others
+    rows[:12, 2] = 0.001  # often enough
     found = Scaling.of(rows, np.arange(900))
-    assert found.multiply_D[3] == pytest.approx(
-        20 * np.median(found.multiply_D[[0, 1, 2, 4, 5, 6, 7]]), rel=0.1
-    )
+    assert (found.multiply_D > 0).tolist() == [True, False, True, True]
     assert np.abs(found.apply(rows)).max() < 30
+    few = Scaling.of(rows[:12], np.arange(12))  # of twelve rows each may be the only one
+    assert (found.multiply_D[[0, 3]] > 0).all() and (few.multiply_D[[0, 3]] > 0).all()

@@ -23,6 +23,7 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
         "labels": {"uri": None, "key": "key", "label": "label", "conflicts": "refuse", "separator": None},
         "split": {"column": None, "group": None, "train": 0.8, "validation": 0.1, "test": 0.1, "seed": 0},
         "head": {"kind": "linear"},
+        "side_features": (),
         "optimizer": {
             "kind": "adam",
             "learning_rate": 0.001,
