@@ -314,11 +314,17 @@ class Table:
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """All rows of the named columns, in the order of the parts; held in memory at once."""
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            tables = list(pool.map(lambda part: read_part(self.store, part[1], columns), self.parts))
+        tables = list(self.read_by_part(columns))
         if not tables:
             raise self._empty()
         return pa.concat_tables(tables)
+
+    def read_by_part(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The same, part by part; twice as many as there are threads are in memory at most."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for start in range(0, len(self.parts), 2 * READ_THREADS):
+                some = self.parts[start : start + 2 * READ_THREADS]
+                yield from pool.map(lambda part: read_part(self.store, part[1], columns), some)
 
     def _empty(self) -> TableDamaged:
         return TableDamaged(

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Config
-from engine.errors import LabelError
+from engine.errors import EngineError, LabelError
 from engine.storage import StorageConfig, Uri
 from engine.training.kinds import FitOutput, FitSettings
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.tables import Table
+
+
+# Rows as they are read, rows as they are trained on, and TensorFlow's copy of those.
+COPIES_IN_MEMORY = 3
+log = logging.getLogger("engine.training.jobs")  # heard with those of the training
 
 
 class EmbeddingInput(Config):
@@ -91,12 +99,48 @@ def fit_on_worker(
     from engine.storage import open_store
     from engine.tables import open_table
     from engine.training.fit import fit_head
+    from engine.training.rows import RowSource
 
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle_store = open_store(recipe.output.uri, recipe.storage)
     with _warnings_of("engine.training") as notes:
-        summary = fit_head(table.read(columns), table.record, recipe, recipe.storage, bundle_store, report)
+        summary = fit_head(
+            table.read(columns),
+            table.record,
+            recipe,
+            recipe.storage,
+            bundle_store,
+            report,
+            RowSource(
+                lambda: (part["embedding"] for part in table.read_by_part(["embedding"])),
+                functools.partial(_disk_for, recipe.training.rows),
+            ),
+        )
     return None if summary is None else {"summary": dict(summary), "notes": notes}
+
+
+def _disk_for(choice: str, size: int) -> Path | None:
+    """The folder for a file of so many bytes of rows; None: they may stay in memory.
+
+    Raises:
+        EngineError: they fit neither here nor there.
+    """
+    from engine.this_machine import free_memory
+
+    needed = COPIES_IN_MEMORY * size
+    if choice == "memory" or (choice == "auto" and needed <= free_memory() / 2):
+        return None
+    folder = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise EngineError(
+            f"training.rows: no room for the embeddings on {folder} of this worker",
+            found=f"{free / 1e9:.1f} GB free there",
+            wanted=f"{size / 1e9:.1f} GB; in memory it would be {needed / 1e9:.1f} GB",
+            way_out="set TMPDIR to a larger disk, or give the worker more memory",
+        )
+    log.warning("%.1f GB of embeddings are read from a file in %s, batch by batch", size / 1e9, folder)
+    return folder
 
 
 @contextmanager
@@ -148,7 +192,7 @@ def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
         iter(open_store(recipe.output.uri, recipe.storage).list()), None
     )  # a file, a missing bucket, no rights
     there = table.column_names()
-    columns = ["key", "shard", "index", "embedding"]
+    columns = ["key", "shard", "index"]
     wanted = [name for name in (recipe.split.column, recipe.split.group) if name]
     if recipe.labels.uri is None:
         columns += [recipe.labels.label, *wanted]

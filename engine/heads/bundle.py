@@ -90,6 +90,8 @@ class Manifest(Config):
     """Of each class the probability from which on a row is given it; of single_label bundles none."""
     side_features: tuple[SideFeatureConfig, ...] = ()
     """Columns of a table that the head takes beside its embedding."""
+    side_sha256: str | None = None
+    """Of what they become: categories, means and deviations."""
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
     files: dict[str, BundleFile]
@@ -262,6 +264,7 @@ def publish_bundle(
         calibration=head.calibration,
         thresholds=head.thresholds,
         side_features=head.side_features,
+        side_sha256=head.side.sha256() if head.side else None,
         tensors_sha256=_tensors_sha256(head.network),
         files=files,
         versions=_versions(),
@@ -393,11 +396,9 @@ def _bundle_id(manifest: Manifest) -> str:
     fields = manifest.model_dump(mode="json", exclude={"files", "versions", "created"})
     if not manifest.calibration.entropy_exponent:
         del fields["calibration"]["entropy_exponent"]  # bundles from before there was one keep their ids
-    for name in ("thresholds", "side_features"):
+    for name in ("thresholds", "side_features", "side_sha256"):
         if not fields[name]:
             del fields[name]
-    if "feature_space" in manifest.files:
-        fields["feature_space"] = manifest.files["feature_space"].sha256
     return stable_hash(fields)[:16]
 
 

@@ -5,8 +5,7 @@ Shape letters: N rows, B rows of one call, D embedding width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -17,11 +16,20 @@ ROWS_PER_CALL = 8192  # 42 MB of float32 at width 1280
 NUMBERS_PER_CALL = 1 << 25  # of the widest layer: 134 MB of float32
 
 
-def compile_logits(network: keras.Model) -> Callable[[NDArray[np.floating[Any]]], NDArray[np.float32]]:
-    """Compile embeddings (N, D), float32 or float16, to logits (N, K) float32; any N >= 0.
+class Logits(Protocol):
+    """What `compile_logits` makes."""
 
-    Weights that the network is given later are used from then on.
-    """
+    def __call__(
+        self, embeddings_ND: NDArray[np.floating[Any]], rows: NDArray[np.int64] | None = None, /
+    ) -> NDArray[np.float32]:
+        """Embeddings (N, D), float32 or float16, to logits (N, K) float32; any N >= 0.
+
+        Of some rows only, where they are given: no more of them are gathered at a time than are computed on.
+        """
+
+
+def compile_logits(network: keras.Model) -> Logits:
+    """Compile a network; weights that it is given later are used from then on."""
 
     def block(embeddings_BD: tf.Tensor) -> tf.Tensor:
         return network(tf.cast(embeddings_BD, tf.float32), training=False)
@@ -29,12 +37,15 @@ def compile_logits(network: keras.Model) -> Callable[[NDArray[np.floating[Any]]]
     compiled_block = tf.function(block, reduce_retracing=True)
     rows_per_call = max(1, min(ROWS_PER_CALL, NUMBERS_PER_CALL // _widest(network)))
 
-    def logits(embeddings_ND: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        starts = range(0, max(1, len(embeddings_ND)), rows_per_call)
+    def logits(
+        embeddings_ND: NDArray[np.floating[Any]], rows: NDArray[np.int64] | None = None, /
+    ) -> NDArray[np.float32]:
+        count = len(embeddings_ND) if rows is None else len(rows)
+        portions = [slice(start, start + rows_per_call) for start in range(0, max(1, count), rows_per_call)]
         return np.concatenate(
             [
-                compiled_block(tf.constant(embeddings_ND[start : start + rows_per_call])).numpy()
-                for start in starts
+                compiled_block(tf.constant(embeddings_ND[portion if rows is None else rows[portion]])).numpy()
+                for portion in portions
             ]
         )
 

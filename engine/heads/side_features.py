@@ -5,6 +5,7 @@ Shape letters: N rows, D embedding width, E numbers that a row's columns become.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,20 @@ class SideEncoder:
     def width(self) -> int:
         """E."""
         return int(self._space.get_encoded_features().shape[-1])
+
+    def sha256(self) -> str:
+        """Of what decides the numbers: categories in their order, means and deviations; the file also holds names that
+        Keras counts up."""
+        digest = hashlib.sha256()
+        for one in self._configs:
+            layer = self._space.preprocessors[one.column]
+            if one.kind == "numeric":
+                digest.update(
+                    np.array([np.asarray(layer.mean), np.asarray(layer.variance)], np.float32).tobytes()
+                )
+            elif one.kind == "categorical":
+                digest.update("\n".join(map(str, layer.get_vocabulary())).encode())
+        return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
         """A .keras file."""

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from engine import __version__
 from engine.config import canonical_json
-from engine.errors import LabelError, TableDamaged
+from engine.errors import LabelError
 from engine.heads.bundle import TrainedHead, publish_bundle
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
@@ -32,6 +33,7 @@ from engine.training.judgement import JUDGED
 from engine.training.kinds import SPLIT_NAMES, FitSettings, SplitConfig
 from engine.training.labels import LabelledRows, join_labels
 from engine.training.loop import Report, TrainingResult, TrainingRows, out_of_fold_logits, train_heads
+from engine.training.rows import Rows, RowSource, empty_rows, fill_rows
 from engine.training.scaling import Scaling
 from engine.training.split import assign_splits
 from engine.training.step import hold_rows
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     pass
 
 log = logging.getLogger(__name__)
+DIGESTED_ROWS = 1 << 20  # of a digest at most: on a disk a row's first numbers cost as much as all of them
 
 
 class FitSummary(TypedDict):
@@ -67,6 +70,7 @@ def fit_head(
     storage: StorageConfig,
     bundle_store: Store,
     report: Report,
+    source: RowSource | None = None,
 ) -> FitSummary | None:
     """Fit a head on labelled embeddings and publish it.
 
@@ -74,12 +78,13 @@ def fit_head(
     have None to say. A fit that was interrupted goes on from its last checkpoint.
 
     Args:
-        table: one version of each shard: key, shard, index, embedding, and the label and split columns used.
+        table: one version of each shard: key, shard, index, and the columns used for labels, splits and side features.
         record: the table's `_table.json`.
         settings: the recipe; all of it (of a subclass too) goes into the bundle's recipe.json.
         storage: how a label file is reached.
         bundle_store: where the bundle goes.
         report: called once per epoch with epoch, epochs, train_loss, validation_loss, validation_accuracy.
+        source: has the table's embeddings; None: the table has them itself.
 
     Raises:
         LabelError: labels or splits that cannot be used without guessing.
@@ -103,25 +108,25 @@ def fit_head(
     rows_of: dict[str, NDArray[np.int64]] = {
         name: np.flatnonzero((splits_N == name) & targets.usable_N) for name in SPLIT_NAMES
     }
-    embeddings_ND = labelled_embeddings(table["embedding"], labelled.positions_N, int(record["width"]))
     _say_what_is_left_out(labelled, targets, rows_of, int((splits_N == "").sum()))
 
     tried = candidates(settings)
     if len(tried) > 1 and not len(rows_of["validation"]):
         raise _nothing_to_choose_by(len(tried), settings)
     strategy = open_strategy(settings.strategy)
-    side = None
+    side, side_NE = None, np.empty((len(labelled.positions_N), 0), np.float32)
     if settings.side_features:
         labelled_table = table.take(pa.array(labelled.positions_N))
         side = SideEncoder.fitted(settings.side_features, labelled_table, rows_of["train"])
-        embeddings_ND = np.hstack([embeddings_ND, side.encode(labelled_table)])
-    scaling = Scaling.of(embeddings_ND, rows_of["train"]) if settings.training.standardise else None
-    rows = TrainingRows(
-        scaling.apply(embeddings_ND) if scaling else embeddings_ND,
-        targets.array,
-        rows_of["train"],
-        rows_of["validation"],
-    )
+        side_NE = side.encode(labelled_table)
+    source = source or RowSource.of(table)
+    embeddings_ND = _gathered(source, labelled.positions_N, int(record["width"]), side_NE)
+    scaling, trained_on_ND = None, embeddings_ND
+    if settings.training.standardise:
+        scaling = Scaling.of(embeddings_ND, rows_of["train"])
+        trained_on_ND = empty_rows(embeddings_ND.shape, np.float32, source.disk_for(embeddings_ND.nbytes))
+        scaling.apply(embeddings_ND, trained_on_ND)
+    rows = TrainingRows(trained_on_ND, targets.array, rows_of["train"], rows_of["validation"])
     held = hold_rows(strategy, rows.embeddings_ND, rows.targets_N)
     chief = is_chief(strategy)
     checkpoints = Checkpoints(
@@ -153,7 +158,7 @@ def fit_head(
     if scaling:
         network = open_head(head).absorb_scaling(network, scaling.subtract_D, scaling.multiply_D)
     logits = compile_logits(network)
-    judged = {name: logits(embeddings_ND[rows_of[name]]) for name in JUDGED}
+    judged = {name: logits(embeddings_ND, rows_of[name]) for name in JUDGED}
     verdict = targets.judge(judged, rows_of, names, settings.calibration)
     bundle = publish_bundle(
         bundle_store,
@@ -194,6 +199,24 @@ def fit_head(
     )
 
 
+def _gathered(
+    source: RowSource, positions_N: NDArray[np.int64], width: int, side_NE: NDArray[np.float32]
+) -> Rows:
+    """Embeddings of the labelled rows, with their side features behind them.
+
+    Raises:
+        TableDamaged: the embeddings have another width.
+    """
+    portions = iter(source.columns())
+    first = next(portions)
+    dtype = first.type.value_type.to_pandas_dtype() if not side_NE.shape[1] else np.float32
+    shape = (len(positions_N), width + side_NE.shape[1])
+    rows_ND = empty_rows(shape, dtype, source.disk_for(shape[0] * shape[1] * np.dtype(dtype).itemsize))
+    fill_rows(rows_ND, chain([first], portions), positions_N, width)
+    rows_ND[:, width:] = side_NE
+    return rows_ND
+
+
 def _unheard(report: dict[str, Any]) -> None:
     """What workers beside the first one report: the same."""
 
@@ -219,36 +242,6 @@ def _training_digest(
     ):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def labelled_embeddings(
-    column: pa.ChunkedArray, positions_N: NDArray[np.int64], width: int
-) -> NDArray[np.floating[Any]]:
-    """The embeddings of some rows as one array, in the table's dtype; chunk by chunk, so that only they are copied.
-
-    Args:
-        column: fixed_size_list<float32 | float16>[width] without nulls.
-        positions_N: ascending row numbers.
-        width: D.
-
-    Raises:
-        TableDamaged: the column has another width.
-    """
-    if column.type.list_size != width:
-        raise TableDamaged(
-            "embedding table: the embeddings do not have the width that _table.json says",
-            found=str(column.type.list_size),
-            wanted=str(width),
-            way_out="the table was not written by one contract: extract it again to a new output.uri",
-        )
-    gathered_ND = np.empty((len(positions_N), width), column.type.value_type.to_pandas_dtype())
-    first_row = 0
-    for chunk in column.chunks:
-        low, high = np.searchsorted(positions_N, [first_row, first_row + len(chunk)])
-        chunk_CD = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), width)
-        gathered_ND[low:high] = chunk_CD[positions_N[low:high] - first_row]
-        first_row += len(chunk)
-    return gathered_ND
 
 
 def _nothing_to_choose_by(count: int, settings: FitSettings) -> LabelError:

@@ -226,6 +226,9 @@ class TrainingConfig(Config):
     takes embeddings as they are: what was done to them becomes part of its weights."""
     seed: int = Field(default=0, ge=0)
     """Of the initial weights, of the order of the rows in each epoch, and of dropout."""
+    rows: Literal["auto", "memory", "disk"] = "auto"
+    """Where embeddings are held: `memory`, once for each device; `disk`: in a file of the worker's temporary folder,
+    from which each batch is read. `auto`: on disk where memory would take more than half of what is free."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
     """Least time between checkpoints; a fit that was interrupted goes on where the last one was made. They lie in the
     bundle's folder until it is published. 0: one after each epoch."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.heads.base import Head
 from engine.heads.kinds import open_head
-from engine.heads.network import compile_logits
+from engine.heads.network import Logits, compile_logits
 from engine.strategies.base import Agreed, agreement
 from engine.training import metrics
 from engine.training.checkpoints import Checkpoints, State
@@ -35,9 +35,9 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
-    """Rows in memory and which of them are for what. Row numbers count from 0 within the arrays."""
+    """Rows and which of them are for what. Row numbers count from 0 within the arrays."""
 
-    embeddings_ND: NDArray[np.floating[Any]]  # float32 or float16
+    embeddings_ND: NDArray[np.floating[Any]]  # float32 or float16, as `engine.training.rows` holds them
     targets_N: NDArray[np.integer[Any]]  # (N,) class numbers, or (N, K) with 1 where a row has a class
     train: NDArray[np.int64]  # row numbers, at least one
     validation: NDArray[np.int64]  # row numbers, perhaps none
@@ -120,7 +120,6 @@ def train_heads(
     courses = [
         _Course(candidate, learner, config) for candidate, learner in zip(candidates, learners, strict=True)
     ]
-    watched_VD, watched_V = rows.embeddings_ND[rows.validation], rows.targets_N[rows.validation]
     agreed = agreement(strategy)
     first = 1
     if checkpoints is not None:
@@ -135,7 +134,7 @@ def train_heads(
         passed = passes.epoch(epoch, going)
         for place in going:
             course, train_loss = courses[place], passed[place].train_loss
-            watched = course.watch(watched_VD, watched_V)
+            watched = course.watch(rows)
             train_loss, *watched = agreed(np.array([train_loss, *watched])).tolist()
             if math.isfinite(train_loss):
                 course.take(epoch, train_loss, watched, passed[place].has_converged)
@@ -192,7 +191,7 @@ def out_of_fold_logits(
     logits_NK = np.zeros((len(folds_N), rows.num_classes), np.float32)
     for fold, learner in enumerate(learners):
         unseen = rows.train[folds_N[rows.train] == fold]
-        logits_NK[unseen] = compile_logits(learner.network)(rows.embeddings_ND[unseen])
+        logits_NK[unseen] = compile_logits(learner.network)(rows.embeddings_ND, unseen)
     return logits_NK
 
 
@@ -200,9 +199,7 @@ def _remembered(candidate: Candidate, rows: TrainingRows, agreed: Agreed) -> Tra
     """A head that is made of the training rows."""
     head = open_head(candidate.head)
     network = head.remember(rows.embeddings_ND[rows.train], rows.targets_N[rows.train], rows.num_classes)
-    watched = _watched(
-        compile_logits(network), rows.embeddings_ND[rows.validation], rows.targets_N[rows.validation]
-    )
+    watched = _watched(compile_logits(network), rows)
     loss, accuracy = agreed(np.array(watched)).tolist() if watched else (None, None)
     history = (Epoch(1, None, loss, accuracy),)
     return Trained(network, TrainingResult(history, 1, "nothing is trained: the training rows vote"))
@@ -216,19 +213,15 @@ def _logits_of_others(head: Head, rows: TrainingRows, folds_N: NDArray[np.int64]
         seen, unseen = rows.train[~is_unseen], rows.train[is_unseen]
         if len(seen) and len(unseen):
             network = head.remember(rows.embeddings_ND[seen], rows.targets_N[seen], rows.num_classes)
-            logits_NK[unseen] = compile_logits(network)(rows.embeddings_ND[unseen])
+            logits_NK[unseen] = compile_logits(network)(rows.embeddings_ND, unseen)
     return logits_NK
 
 
-def _watched(
-    logits: Callable[[NDArray[np.floating[Any]]], NDArray[np.float32]],
-    watched_VD: NDArray[np.floating[Any]],
-    watched_V: NDArray[np.integer[Any]],
-) -> tuple[float, ...]:
+def _watched(logits: Logits, rows: TrainingRows) -> tuple[float, ...]:
     """Loss and accuracy on the validation rows; nothing without any."""
-    if not len(watched_V):
+    if not len(rows.validation):
         return ()
-    watched_VK = logits(watched_VD)
+    watched_VK, watched_V = logits(rows.embeddings_ND, rows.validation), rows.targets_N[rows.validation]
     if watched_V.ndim == 2:
         return binary_cross_entropy(watched_VK, watched_V), share_right(watched_VK, watched_V)
     return metrics.cross_entropy(watched_VK, watched_V), metrics.accuracy(watched_VK, watched_V)
@@ -293,11 +286,9 @@ class _Course:
         self.history: list[Epoch] = []
         self.best_epoch, self.best_loss, self.is_over = 0, math.inf, False
 
-    def watch(
-        self, watched_VD: NDArray[np.floating[Any]], watched_V: NDArray[np.integer[Any]]
-    ) -> tuple[float, ...]:
+    def watch(self, rows: TrainingRows) -> tuple[float, ...]:
         """Loss and accuracy on the validation rows now; nothing without any."""
-        return _watched(self._logits, watched_VD, watched_V)
+        return _watched(self._logits, rows)
 
     def take(self, epoch: int, train_loss: float, watched: Sequence[float], has_converged: bool) -> None:
         """An epoch came to its end: is it the best until now, and was it the last?"""

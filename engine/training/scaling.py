@@ -51,9 +51,12 @@ class Scaling:
         moves_D &= moved_D >= min(LEAST_MOVED_ROWS, len(rows) / 10)
         return Scaling(mean_D, np.divide(1.0, deviation_D, out=np.zeros(width), where=moves_D))
 
-    def apply(self, embeddings_ND: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """A new float32 array of the same shape."""
-        scaled_ND = np.empty(embeddings_ND.shape, np.float32)
+    def apply(
+        self, embeddings_ND: NDArray[np.floating[Any]], scaled_ND: NDArray[np.floating[Any]] | None = None
+    ) -> NDArray[np.floating[Any]]:
+        """A float32 array of the same shape: the given one, or a new one."""
+        if scaled_ND is None:
+            scaled_ND = np.empty(embeddings_ND.shape, np.float32)
         for start in range(0, len(embeddings_ND), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             scaled_ND[rows] = (embeddings_ND[rows] - self.subtract_D) * self.multiply_D

@@ -23,6 +23,7 @@ from engine.training.kinds import (
     LbfgsConfig,
     SgdConfig,
 )
+from engine.training.rows import is_on_disk
 
 Gradients = Callable[[], tuple[NDArray[np.float64], list[list[NDArray[np.float32]]]]]
 Steps = Callable[[int, NDArray[np.int64], NDArray[np.float32]], tf.Tensor]
@@ -94,15 +95,31 @@ def hold_rows(
     embeddings_ND: NDArray[np.floating[Any]],
     targets_N: NDArray[np.integer[Any]],
 ) -> Any:
-    """Put the rows on every device of the strategy, once, for steps to pick from.
+    """Put the rows on every device of the strategy, once, for steps to pick from; or leave them on the disk.
 
     Args:
         embeddings_ND: float32 or float16, held as they are and cast to float32 share by share.
         targets_N: class number of each row, or (N, K) with 1 where it has a class.
     """
+    if is_on_disk(embeddings_ND):
+        return _OnDisk(embeddings_ND, targets_N)
     return strategy.experimental_distribute_values_from_function(
         lambda context: _on_device(strategy, context, embeddings_ND, targets_N)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk:
+    """Rows of which only those that are computed on come into memory."""
+
+    embeddings_ND: NDArray[np.floating[Any]]
+    targets_N: NDArray[np.integer[Any]]
+
+    def portion(self, rows: NDArray[np.int64]) -> tuple[tuple[tf.Tensor, tf.Tensor], NDArray[np.int64]]:
+        """Some rows as `hold_rows` holds all, and their numbers among them, in the same shape."""
+        flat = rows.ravel()
+        held = tf.constant(self.embeddings_ND[flat]), tf.constant(self.targets_N[flat])
+        return held, np.arange(len(flat)).reshape(rows.shape)
 
 
 def compile_steps(
@@ -179,8 +196,12 @@ def compile_steps(
     compiled_steps = tf.function(global_steps, reduce_retracing=True)
 
     def steps(first: int, rows_SRB: NDArray[np.int64], weights_SHRB: NDArray[np.float32]) -> tf.Tensor:
+        if isinstance(held, _OnDisk):
+            now, rows_SRB = held.portion(rows_SRB)
+        else:
+            now = held
         return compiled_steps(
-            held, tf.constant(first, tf.int64), tf.constant(rows_SRB), tf.constant(weights_SHRB)
+            now, tf.constant(first, tf.int64), tf.constant(rows_SRB), tf.constant(weights_SHRB)
         )
 
     return steps
@@ -245,7 +266,14 @@ def compile_gradients(
     rows, weights = tf.constant(rows_SRB), tf.constant(weights_SHRB)
 
     def gradients() -> tuple[NDArray[np.float64], list[list[NDArray[np.float32]]]]:
-        losses_H, sums = compiled_sums(held, rows, weights)
+        if isinstance(held, _OnDisk):
+            found = []
+            for place in range(len(rows_SRB)):
+                now, numbers = held.portion(rows_SRB[place : place + 1])
+                found.append(compiled_sums(now, tf.constant(numbers), weights[place : place + 1]))
+            losses_H, sums = tf.nest.map_structure(lambda *values: tf.add_n(values), *found)
+        else:
+            losses_H, sums = compiled_sums(held, rows, weights)
         return losses_H.numpy(), [[one.numpy() for one in of_head] for of_head in sums]
 
     return gradients

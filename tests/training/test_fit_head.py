@@ -18,9 +18,10 @@ from engine.heads.bundle import open_bundle
 from engine.predictor import Predictor
 from engine.schema import embeddings_schema
 from engine.storage import StorageConfig, open_store
-from engine.training.fit import FitSummary, fit_head, labelled_embeddings
+from engine.training.fit import FitSummary, fit_head
 from engine.training.kinds import FitSettings
 from engine.training.metrics import calibration_error, reliability_bins
+from engine.training.rows import RowSource, fill_rows
 from engine.training.split import hash_fraction
 
 WIDTH = 7
@@ -351,11 +352,49 @@ def test_embeddings_are_gathered_across_chunks_in_their_dtype(dtype: type[np.flo
     column = pa.FixedSizeListArray.from_arrays(flat, 3)
     chunked = pa.chunked_array([column.slice(0, 4), column.slice(4, 0), column.slice(4, 1), column.slice(5)])
     positions_N = np.array([0, 3, 4, 5, 9])
-    gathered_ND = labelled_embeddings(chunked, positions_N, 3)
-    assert gathered_ND.dtype == dtype
+    gathered_ND = np.empty((5, 3), dtype)
+    fill_rows(gathered_ND, [chunked.slice(0, 5), chunked.slice(5)], positions_N, 3)
     np.testing.assert_array_equal(gathered_ND, whole_ND[positions_N])
     with pytest.raises(TableDamaged, match=r"found: +3\n +wanted: +8"):
-        labelled_embeddings(chunked, positions_N, 8)
+        fill_rows(np.empty((5, 8), dtype), [chunked], positions_N, 8)
+
+
+@pytest.mark.parametrize("optimizer", [{"learning_rate": 0.05}, {"kind": "lbfgs"}])
+def test_rows_on_the_disk_give_the_head_that_rows_in_memory_give(
+    optimizer: dict[str, Any], tmp_path: Path
+) -> None:
+    table = made_table(fold=["x"] * 211)
+    settings = FitSettings.model_validate(
+        {
+            "strategy": {"kind": "one_device"},
+            "optimizer": optimizer,
+            "side_features": [{"column": "fold", "kind": "categorical"}],
+            "training": {"epochs": 6, "batch_size": 32, "standardise": True},
+        }
+    )
+    scratch, asked = tmp_path / "scratch", []
+    scratch.mkdir()
+
+    def disk_for(size: int) -> Path:
+        asked.append(size)
+        return scratch
+
+    sources = {
+        "memory": RowSource.of(table),
+        "disk": RowSource(
+            lambda: [part["embedding"] for part in (table.slice(0, 70), table.slice(70))], disk_for
+        ),
+    }
+    found = {}
+    for name, source in sources.items():
+        store = open_store(str(tmp_path / name))
+        fit_head(table, RECORD, settings, StorageConfig(), store, lambda report: None, source)
+        found[name] = open_bundle(store)
+    assert found["disk"].document("metrics") == found["memory"].document("metrics")
+    assert found["disk"].document("suspects") == found["memory"].document("suspects")
+    assert found["disk"].id == found["memory"].id
+    assert asked == [211 * (WIDTH + 2) * 4] * 2  # as read, and standardised
+    assert not list(scratch.iterdir())  # files without names
 
 
 def test_rows_outside_of_all_slices_are_said_and_counted_nowhere(

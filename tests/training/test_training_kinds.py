@@ -39,6 +39,7 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
             "label_smoothing": 0.0,
             "standardise": False,
             "seed": 0,
+            "rows": "auto",
             "checkpoint_seconds": 30.0,
         },
         "grid": {"learning_rate": (), "weight_decay": (), "l2": (), "dropout": (), "head": ()},
