@@ -65,6 +65,7 @@ def _inspect_bundle(store: Store) -> dict[str, Any]:
         "task": manifest.task,
         "classes": ", ".join(shown) + (f" and {more:,} more" if more else ""),
         "head": manifest.head.model_dump(mode="json"),
+        "side_features": [one.column for one in manifest.side_features],
         "width": manifest.width,
         "fingerprint": manifest.fingerprint,
         "calibration": manifest.calibration.model_dump(mode="json"),

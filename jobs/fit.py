@@ -196,10 +196,10 @@ def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
     columns = ["key", "shard", "index"]
     wanted = [name for name in (recipe.split.column, recipe.split.group) if name]
     if recipe.labels.uri is None:
-        columns += [recipe.labels.label, *wanted]
+        columns += [recipe.labels.label, *wanted, *side_columns(recipe.side_features)]
     else:  # what is not here must be in the label file
+        wanted += side_columns(recipe.side_features)
         columns += [name for name in wanted if name in there]
-    columns += side_columns(recipe.side_features)
     require_columns(table, columns, "labels.label, split.column, split.group or side_features")
     return table, list(dict.fromkeys(columns))
 

@@ -94,10 +94,11 @@ def fit_head(
     """
     started = time.perf_counter()
     split = settings.split
+    beside = [one.column for one in settings.side_features if one.column not in table.column_names]
     labelled = join_labels(
         table,
         settings.labels,
-        [name for name in (split.column, split.group) if name],
+        [*(name for name in (split.column, split.group) if name), *beside],
         storage,
         several=settings.task == "multi_label",
     )
@@ -117,6 +118,8 @@ def fit_head(
     side, side_NE = None, np.empty((len(labelled.positions_N), 0), np.float32)
     if settings.side_features:
         labelled_table = table.take(pa.array(labelled.positions_N))
+        for name in beside:
+            labelled_table = labelled_table.append_column(name, pa.array(labelled.values[name], pa.string()))
         side = SideEncoder.fitted(settings.side_features, labelled_table, rows_of["train"])
         side_NE = side.encode(labelled_table)
     source = source or RowSource.of(table)

@@ -288,7 +288,8 @@ class FitSettings(Config):
     head: HeadConfig = LinearHeadConfig()
     """The classifier to fit."""
     side_features: tuple[SideFeatureConfig, ...] = ()
-    """Columns of the embedding table that the head takes beside the embedding; tables that are scored need them too."""
+    """Columns of the embedding table that the head takes beside the embedding, or of the label file where the table has
+    none of that name; tables that are scored need them."""
     optimizer: OptimizerConfig = AdamConfig()
     """How weights follow gradients."""
     training: TrainingConfig = TrainingConfig()

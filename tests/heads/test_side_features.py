@@ -127,3 +127,27 @@ def test_a_head_that_takes_them_knows_more_and_its_bundle_brings_them_along(
     with pytest.raises(RecipeError, match=r"(?s)takes columns of a table.*camera, lens"):
         export_bundle(bundle, open_store(str(tmp_path / "model")), StorageConfig())
     assert bundle.id != open_bundle(open_store(str(tmp_path / "without"))).id
+
+
+def test_a_column_may_come_from_the_label_file_when_fitting(tmp_path: Path) -> None:
+    table = made_table()
+    lines = ["key,label,camera"]
+    rows = zip(*(table[name].to_pylist() for name in ("key", "label", "camera")), strict=True)
+    lines += [",".join(row) for row in rows]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    settings = FitSettings.model_validate(
+        {
+            "labels": {"uri": str(tmp_path / "labels.csv")},
+            "side_features": [CONFIGS[0].model_dump()],
+            "optimizer": {"kind": "lbfgs"},
+            "strategy": {"kind": "one_device"},
+        }
+    )
+    store = open_store(str(tmp_path / "bundle"))
+    without = table.drop_columns(["camera", "label"])
+    fit_head(without, RECORD, settings, StorageConfig(), store, lambda report: None)
+    bundle = open_bundle(store)
+    assert bundle.document("metrics")["test"]["accuracy"] > 0.9
+    assert Predictor(bundle, 1).predict_table(table).num_rows == 600
+    with pytest.raises(LabelError, match="no column 'camera'"):
+        Predictor(bundle, 1).predict_table(without)
