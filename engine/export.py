@@ -22,7 +22,7 @@ from engine.backbones.kinds import BackboneConfig
 from engine.embedder import Embedder, canary_pixels
 from engine.errors import BundleError, RecipeError
 from engine.heads.bundle import Bundle
-from engine.heads.confidence import LEAST_ENTROPY, Calibration
+from engine.heads.confidence import LEAST_ENTROPY, LEAST_TEMPERATURE, MOST_TEMPERATURE, Calibration
 from engine.predictor import Predictor
 from engine.resolve import Network, Resolution, resolve
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
@@ -161,6 +161,7 @@ def _calibrated(logits_BK: tf.Tensor, calibration: Calibration) -> tf.Tensor:
     entropy_B = tf.math.log1p(others_B) - tf.reduce_sum(raised_BK * shifted_BK, axis=1) / (1 + others_B)
     share_B = tf.clip_by_value(entropy_B / math.log(count), LEAST_ENTROPY, 1.0)
     temperatures_B = calibration.temperature * tf.exp(calibration.entropy_exponent * tf.math.log(share_B))
+    temperatures_B = tf.clip_by_value(temperatures_B, LEAST_TEMPERATURE, MOST_TEMPERATURE)
     return logits_BK / temperatures_B[:, None]
 
 

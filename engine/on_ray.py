@@ -17,6 +17,7 @@ import socket
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -498,11 +499,17 @@ def run_training(
         try:
             return function(lambda report: ray.get(mail.put.remote(report))), None
         except EngineError as error:
-            pickled = pickle.dumps(error)
-            if workers == 1:
-                return None, pickled
-            ray.get(mail.fail.remote(pickled))
-            raise  # the others wait for this one, until Ray ends them
+            failure = pickle.dumps(error)
+        except _FAULTS:
+            way_out = "a fault of the code, a custom head's perhaps: the last lines say where"
+            told = ClusterError(
+                "training: a worker broke", found=traceback.format_exc()[-2000:], way_out=way_out
+            )
+            failure = pickle.dumps(told)
+        if workers > 1:
+            ray.get(mail.fail.remote(failure))
+            raise _WorkerFailed  # the others wait for this one, until Ray ends them
+        return None, failure
 
     def hand_on_reports() -> None:
         for report in ray.get(mail.take.remote()):
@@ -522,13 +529,34 @@ def run_training(
                 failure_config=FailureConfig(max_failures=TRAINING_RESTARTS),
             ),
         )
-        with _again_and_again(hand_on_reports):
-            answer, failure = trainer.fit().return_value
+        try:
+            with _again_and_again(hand_on_reports):
+                answer, failure = trainer.fit().return_value
+        except (RayError, RuntimeError):
+            failure = ray.get(mail.failure.remote())
+            if failure is None:
+                raise
         hand_on_reports()
     if failure is not None:
         raise pickle.loads(failure)
     result: dict[str, Any] = answer
     return result
+
+
+# What comes again however often a worker is started; what a lost neighbour causes is of other kinds.
+_FAULTS = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    NotImplementedError,
+)
+
+
+class _WorkerFailed(Exception):
+    """Ends a worker whose failure has been told."""
 
 
 @ray.remote

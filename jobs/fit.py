@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Config
-from engine.errors import EngineError, LabelError
+from engine.errors import LabelError, RecipeError
 from engine.storage import StorageConfig, Uri
 from engine.training.kinds import FitOutput, FitSettings
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 # 2.0 GB of rows took 7.2 GB of a worker's memory (and 1.5 GB from the disk; 397,312 x 1280, 2026-11-23): as they are
 # read, TensorFlow's copy and what making it takes; standardised ones are one more.
 COPIES_IN_MEMORY = 5
-log = logging.getLogger("engine.training.jobs")  # heard with those of the training
 
 
 class EmbeddingInput(Config):
@@ -70,6 +68,12 @@ def run(recipe: FitRecipe) -> Outcome:
         share = share_of_workers(recipe.strategy, machines_of_cluster())
         if not joins_cluster(None):
             share = replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
+        if not share.fits and not joins_cluster(None):
+            raise RecipeError(
+                f"strategy.workers: no room for {workers} workers on this machine",
+                found=f"{share.gpus:.0f} GPUs for each were wanted",
+                way_out="ask for fewer workers or devices, or submit the job to a cluster",
+            )
         if not share.fits:
             say(f"the cluster has no room for {workers} workers now; waiting for it to grow")
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):
@@ -114,34 +118,18 @@ def fit_on_worker(
             report,
             RowSource(
                 lambda: (part["embedding"] for part in table.read_by_part(["embedding"])),
-                functools.partial(_disk_for, recipe.training.rows),
+                functools.partial(_wants_disk, recipe.training.rows, recipe.strategy.workers),
+                Path(tempfile.gettempdir()),
             ),
         )
     return None if summary is None else {"summary": dict(summary), "notes": notes}
 
 
-def _disk_for(choice: str, size: int) -> Path | None:
-    """The folder for a file of so many bytes of rows; None: they may stay in memory.
-
-    Raises:
-        EngineError: they fit neither here nor there.
-    """
+def _wants_disk(choice: str, workers: int, size: int) -> bool:
+    """Whether so many bytes of rows are better held in a file; other workers may be on the same machine."""
     from engine.this_machine import free_memory
 
-    needed = COPIES_IN_MEMORY * size
-    if choice == "memory" or (choice == "auto" and needed <= free_memory() / 2):
-        return None
-    folder = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise EngineError(
-            f"training.rows: no room for the embeddings on {folder} of this worker",
-            found=f"{free / 1e9:.1f} GB free there",
-            wanted=f"{size / 1e9:.1f} GB; in memory it would be {needed / 1e9:.1f} GB",
-            way_out="set TMPDIR to a larger disk, or give the worker more memory",
-        )
-    log.warning("%.1f GB of embeddings are read from a file in %s, batch by batch", size / 1e9, folder)
-    return folder
+    return choice == "disk" or (choice == "auto" and COPIES_IN_MEMORY * size > free_memory() / (2 * workers))
 
 
 @contextmanager

@@ -5,9 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from engine.errors import ClusterError
+from engine.errors import ClusterError, RecipeError
 from engine.recipes import ActorRange, Compute, Limits
-from engine.sizing import Footprint, Machines, Sizing, check_room, footprint, size_up
+from engine.sizing import (
+    Footprint,
+    Machines,
+    Sizing,
+    WorkerShare,
+    check_room,
+    footprint,
+    share_of_workers,
+    size_up,
+)
+from engine.strategies.kinds import AnyStrategyConfig, Mirrored, MultiWorker, OneDevice
 
 GB = 10**9
 NEEDS = Footprint(part=64_000_000, reader=2 * GB, reader_at_least=GB, actor=2 * GB)
@@ -175,3 +185,34 @@ def test_actors_are_a_number_or_a_range() -> None:
     for wrong in (0, True, "many", {"min": 3, "max": 2}, {}):
         with pytest.raises(ValueError, match="actors"):
             Compute.model_validate({"actors": wrong})
+
+
+def test_training_workers_share_nodes_evenly() -> None:
+    def share(strategy: AnyStrategyConfig, cpus: list[float], gpus: list[float]) -> WorkerShare:
+        machines = Machines(
+            cpus=sum(cpus),
+            gpus=sum(gpus),
+            largest_node_cpus=max(cpus),
+            largest_node_gpus=max(gpus),
+            nodes=len(cpus),
+            node_cpus=tuple(cpus),
+            node_gpus=tuple(gpus),
+        )
+        return share_of_workers(strategy, machines)
+
+    def workers(count: int, devices: int | None = None) -> MultiWorker:
+        return MultiWorker(kind="multi_worker", workers=count, devices_per_worker=devices)
+
+    no_gpus = [0.0, 0.0]
+    assert share(OneDevice(), [8, 4], no_gpus) == WorkerShare(7, 0)
+    assert share(Mirrored(), [8, 4], [4, 0]) == WorkerShare(1, 4)
+    assert share(Mirrored(devices_per_worker=2), [8, 4], [4, 0]) == WorkerShare(1, 2)
+    assert share(workers(2), [8, 4], no_gpus) == WorkerShare(4, 0)
+    assert share(workers(3), [8, 4], no_gpus) == WorkerShare(4, 0)
+    assert share(workers(4), [8, 4], no_gpus) == WorkerShare(2, 0)
+    assert share(workers(13), [8, 4], no_gpus) == WorkerShare(1, 0, fits=False)
+    assert share(workers(2), [8, 8], [4, 2]) == WorkerShare(1, 2)
+    assert share(workers(2, devices=4), [8, 8], [4, 2]) == WorkerShare(1, 4, fits=False)
+    assert share(workers(7), [8, 8], [4, 2]) == WorkerShare(1, 1, fits=False)
+    with pytest.raises(RecipeError, match="no node has as many"):
+        share(workers(2, devices=8), [8, 8], [4, 2])

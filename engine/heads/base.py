@@ -89,6 +89,13 @@ class Head(ABC):
         """The network made of the training rows, of a kind that is not trained."""
         raise NotImplementedError
 
+    def check_room(self, rows: int, width: int) -> None:  # noqa: B027  (most kinds have room)
+        """Refuse more rows than such a head may remember.
+
+        Raises:
+            LabelError: with the numbers.
+        """
+
     @abstractmethod
     def as_matrix(self, network: keras.Model) -> AffineMap | None:
         """The trained network as a matrix and a bias, or None where it is more than that."""

@@ -16,6 +16,7 @@ from engine.config import Config
 
 Floats = NDArray[np.floating[Any]]
 LEAST_ENTROPY = 1e-6  # of one: below, a row is simply sure
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.05, 20.0
 
 
 class Calibration(Config):
@@ -25,13 +26,14 @@ class Calibration(Config):
     """Logits are divided by it before the softmax; 1 leaves them as trained."""
     entropy_exponent: float = 0.0
     """The temperature of a row is `temperature` times this power of its entropy, as a share of the largest there can be
-    (1e-6 at least). 0: all rows have the same."""
+    (1e-6 at least), and stays between 0.05 and 20. 0: all rows have the same."""
 
     def apply(self, logits_BK: Floats) -> Floats:
         """The logits, each row over its temperature; the order within a row stays."""
         temperatures_B = np.full(len(logits_BK), self.temperature)
         if self.entropy_exponent:
             temperatures_B *= np.exp(self.entropy_exponent * log_entropy(logits_BK))
+            temperatures_B = temperatures_B.clip(LEAST_TEMPERATURE, MOST_TEMPERATURE)
         cooled_BK: Floats = logits_BK / temperatures_B[:, None].astype(logits_BK.dtype)
         return cooled_BK
 

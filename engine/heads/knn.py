@@ -37,6 +37,20 @@ class KnnHead(Head):
         """Not without rows: see `remember`."""
         raise NotImplementedError("a knn head has no weights to begin with")
 
+    def check_room(self, rows: int, width: int) -> None:
+        """At most `max_rows`.
+
+        Raises:
+            LabelError: with the numbers.
+        """
+        if rows > self.config.max_rows:
+            raise LabelError(
+                "head.kind knn: it keeps every training row, and there are too many",
+                found=f"{rows:,} rows of {width:,} numbers",
+                wanted=f"at most head.max_rows {self.config.max_rows:,}",
+                way_out="fit on fewer rows, raise head.max_rows, or take a linear head",
+            )
+
     def remember(
         self,
         embeddings_ND: NDArray[np.floating[Any]],
@@ -47,21 +61,11 @@ class KnnHead(Head):
 
         Args:
             targets_N: class numbers; or (N, K), 1 where a row has the class: logits are then for sigmoid.
-
-        Raises:
-            LabelError: more rows than `max_rows`.
         """
         import keras
 
         from engine.heads.knn_layer import Votes
 
-        if len(embeddings_ND) > self.config.max_rows:
-            raise LabelError(
-                "head.kind knn: it keeps every training row, and there are too many",
-                found=f"{len(embeddings_ND):,} rows of {embeddings_ND.shape[1]:,} numbers",
-                wanted=f"at most head.max_rows {self.config.max_rows:,}",
-                way_out="fit on fewer rows, raise head.max_rows, or take a linear head",
-            )
         several = targets_N.ndim == 2
         classes_NK = targets_N if several else np.eye(num_classes)[targets_N]
         unit_ND = embeddings_ND.astype(np.float32)

@@ -57,4 +57,9 @@ def _widest(network: keras.Model) -> int:
     inner = (
         layer._flatten_layers() if isinstance(layer, keras.Model) else [layer] for layer in network.layers
     )
-    return max((getattr(layer, "units", 1) for layers in inner for layer in layers), default=1)
+    return max((_numbers(layer) for layers in inner for layer in layers), default=1)
+
+
+def _numbers(layer: keras.Layer) -> int:
+    """Of a dense layer its units; of votes, k neighbours with their classes."""
+    return max(getattr(layer, "units", 1), getattr(layer, "k", 1) * getattr(layer, "num_classes", 1))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import keras
 
 ROWS_AT_ONCE = 65_536
+MOST_DEVIATIONS = 10.0
+LEAST_RELATIVE_DEVIATION = 1e-6  # what moves less, beside its mean, is noise of float32
 _MISSING = "\\-"  # no other text becomes this: backslashes are doubled
 
 Columns = Mapping[str, NDArray[Any]]  # float32 of numeric columns, texts of the others; (N,) each
@@ -60,14 +62,16 @@ class SideEncoder:
         return SideEncoder(configs, space)
 
     def encode(self, table: pa.Table) -> NDArray[np.float32]:
-        """(N, E) float32; a number that is missing is the mean, a category that was not seen is one of its own.
+        """(N, E) float32; a number that is missing is the mean, and a category that was not seen is one of its own.
 
         Raises:
             LabelError: a column is missing, or a numeric one holds something else than numbers.
         """
         import tensorflow as tf
 
-        columns = _columns(self._configs, table)
+        columns = {
+            name: self._bounded(name, values) for name, values in _columns(self._configs, table).items()
+        }
         encoded = [
             self._space(
                 {name: tf.constant(all_N[start : start + ROWS_AT_ONCE]) for name, all_N in columns.items()}
@@ -78,6 +82,20 @@ class SideEncoder:
             return np.empty((0, self.width), np.float32)
         encoded_NE: NDArray[np.float32] = np.nan_to_num(np.concatenate([np.asarray(one) for one in encoded]))
         return encoded_NE
+
+    def _bounded(self, name: str, values_N: NDArray[Any]) -> NDArray[Any]:
+        """Numbers, within ten deviations of their mean: where nearly all training rows had the same one, another would
+        be larger than all that a head has seen. A column in which all had the same one says nothing."""
+        if values_N.dtype != np.float32:
+            return values_N
+        layer = self._space.preprocessors[name]
+        mean = np.float32(np.asarray(layer.mean).item())
+        deviation = float(np.sqrt(np.asarray(layer.variance).item()))
+        if deviation <= LEAST_RELATIVE_DEVIATION * abs(float(mean)):
+            return np.full_like(values_N, mean)
+        bound = np.float32(MOST_DEVIATIONS * deviation)
+        bounded_N: NDArray[np.float32] = np.clip(values_N, mean - bound, mean + bound)
+        return bounded_N
 
     @property
     def width(self) -> int:

@@ -35,7 +35,7 @@ class Mirrored(Config):
 
 class MultiWorker(Config):
     """A copy of the head on each device of several workers, on as many machines as there are; every batch is divided
-    among all of them. Each worker holds all rows in its memory."""
+    among all of them. Each worker has all rows."""
 
     kind: Literal["multi_worker"]
     """The kind of strategy: `multi_worker`."""

@@ -6,19 +6,21 @@ validation rows, N rows, K classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.heads.confidence import Calibration, log_entropy
+from engine.heads.confidence import LEAST_TEMPERATURE, MOST_TEMPERATURE, Calibration, log_entropy
 from engine.training.lbfgs import Lbfgs
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+LEAST_ROWS = 50  # for two numbers; with fewer, one of them decides
 _STEPS = 100  # Newton needs about eight; halving what is left ends long before this
 _TOLERANCE = 1e-9
-_LOG_TEMPERATURES = (-6.0, 6.0)  # of a row; what lies beyond is a search that has lost its way
+_LOG_TEMPERATURES = (math.log(LEAST_TEMPERATURE), math.log(MOST_TEMPERATURE))
+_AT_A_BOUND = 1.01
 
 
 def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.integer[Any]]) -> float:
@@ -32,7 +34,7 @@ def fit_temperature(logits_VK: NDArray[np.floating[Any]], classes_V: NDArray[np.
     if not len(classes_V):
         return 1.0
     shifted_VK, aimed_V = _aimed(logits_VK, classes_V)
-    low, high, inverse = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE, 1.0
+    low, high, inverse = 1 / MOST_TEMPERATURE, 1 / LEAST_TEMPERATURE, 1.0
     for _ in range(_STEPS):
         raised_VK = np.exp(inverse * shifted_VK)
         raised_VK /= raised_VK.sum(axis=1, keepdims=True)
@@ -58,12 +60,16 @@ def calibrate(
     Linear heads are often too modest where classes are close and too sure where they are not, which no one temperature
     mends. `adaptive` makes log T linear in the log of the row's entropy (after Balanya, Maronas and Ramos, Adaptive
     Temperature Scaling for Robust Calibration of Deep Neural Networks, 2022), if that explains the rows better by
-    Schwarz's criterion (1978); else it is `temperature`.
+    Schwarz's criterion (1978), and there are at least 50; else it is `temperature`.
     """
     if kind == "none" or not len(classes_V):
         return Calibration()
     plain = Calibration(temperature=fit_temperature(logits_VK, classes_V))
-    return _with_exponent(logits_VK, classes_V, plain) if kind == "adaptive" else plain
+    bounds = LEAST_TEMPERATURE * _AT_A_BOUND, MOST_TEMPERATURE / _AT_A_BOUND
+    if kind == "temperature" or len(classes_V) < LEAST_ROWS or not bounds[0] < plain.temperature < bounds[1]:
+        return plain
+    found = _with_exponent(logits_VK, classes_V, plain)
+    return found if bounds[0] < found.temperature < bounds[1] else plain
 
 
 def _with_exponent(
@@ -74,12 +80,14 @@ def _with_exponent(
     hesitation_V = log_entropy(logits_VK.astype(np.float64))
 
     def loss_and_gradient(point_2: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        inverse_V = np.exp(-np.clip(point_2[0] + point_2[1] * hesitation_V, *_LOG_TEMPERATURES))
+        wanted_V = point_2[0] + point_2[1] * hesitation_V
+        bounded_V = np.clip(wanted_V, *_LOG_TEMPERATURES)
+        inverse_V = np.exp(-bounded_V)
         raised_VK = np.exp(inverse_V[:, None] * shifted_VK)
         sums_V = raised_VK.sum(axis=1)
         mean_V = (raised_VK * shifted_VK).sum(axis=1) / sums_V
         loss = float((np.log(sums_V) - inverse_V * aimed_V).mean() + point_2[1] ** 2 / (2 * len(classes_V)))
-        slopes_V = inverse_V * (aimed_V - mean_V)
+        slopes_V = np.where(wanted_V == bounded_V, inverse_V * (aimed_V - mean_V), 0.0)
         pull = point_2[1] / len(classes_V)
         return loss, np.array([slopes_V.mean(), (slopes_V * hesitation_V).mean() + pull])
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 
 from engine import __version__
 from engine.config import canonical_json
-from engine.errors import LabelError
+from engine.errors import EngineError, LabelError
 from engine.heads.bundle import TrainedHead, publish_bundle
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.heads.side_features import SideEncoder
 from engine.storage import StorageConfig, Store
-from engine.strategies.base import is_chief
+from engine.strategies.base import Agreed, agreement, is_chief
 from engine.strategies.kinds import open_strategy
 from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate, best_of, candidates, grid_report
@@ -94,14 +95,7 @@ def fit_head(
     """
     started = time.perf_counter()
     split = settings.split
-    beside = [one.column for one in settings.side_features if one.column not in table.column_names]
-    labelled = join_labels(
-        table,
-        settings.labels,
-        [*(name for name in (split.column, split.group) if name), *beside],
-        storage,
-        several=settings.task == "multi_label",
-    )
+    labelled = _labelled(table, settings, storage)
     groups = _groups(labelled, split)
     splits_N = assign_splits(groups, labelled.values.get(split.column or ""), split)
     _refuse_divided_groups(groups, splits_N, split)
@@ -115,26 +109,25 @@ def fit_head(
     if len(tried) > 1 and not len(rows_of["validation"]):
         raise _nothing_to_choose_by(len(tried), settings)
     strategy = open_strategy(settings.strategy)
-    side, side_NE = None, np.empty((len(labelled.positions_N), 0), np.float32)
-    if settings.side_features:
-        labelled_table = table.take(pa.array(labelled.positions_N))
-        for name in beside:
-            labelled_table = labelled_table.append_column(name, pa.array(labelled.values[name], pa.string()))
-        side = SideEncoder.fitted(settings.side_features, labelled_table, rows_of["train"])
-        side_NE = side.encode(labelled_table)
+    agreed = agreement(strategy)
+    side, side_NE = _side_features(settings, table, labelled, rows_of["train"])
     source = source or RowSource.of(table)
-    embeddings_ND = _gathered(source, labelled.positions_N, int(record["width"]), side_NE)
-    scaling, trained_on_ND = None, embeddings_ND
+    width = int(record["width"])
+    place = source.place_for(4 * len(side_NE) * (width + side_NE.shape[1]), agreed)
+    embeddings_ND = _gathered(source, labelled.positions_N, width, side_NE, place)
+    rows = TrainingRows(embeddings_ND, targets.array, rows_of["train"], rows_of["validation"])
+    digest = _training_digest(rows, width, tried, settings, record)
+    _refuse_other_rows(digest, agreed)
+    scaling = None
     if settings.training.standardise:
-        scaling = Scaling.of(embeddings_ND, rows_of["train"])
-        trained_on_ND = empty_rows(embeddings_ND.shape, np.float32, source.disk_for(embeddings_ND.nbytes))
-        scaling.apply(embeddings_ND, trained_on_ND)
-    rows = TrainingRows(trained_on_ND, targets.array, rows_of["train"], rows_of["validation"])
+        scaling = Scaling.of(embeddings_ND, rows.train)
+        scaled_ND = scaling.apply(embeddings_ND, empty_rows(embeddings_ND.shape, np.float32, place))
+        rows = replace(rows, embeddings_ND=scaled_ND)
     held = hold_rows(strategy, rows.embeddings_ND, rows.targets_N)
     chief = is_chief(strategy)
     checkpoints = Checkpoints(
         bundle_store,
-        _training_digest(rows, tried, settings, record),
+        digest,
         settings.training.checkpoint_seconds,
         writes=chief,
     )
@@ -145,7 +138,7 @@ def fit_head(
     names = RowNames(labelled.keys, table["shard"].take(labelled.positions_N).to_pylist())
     suspects = None
     if settings.suspects.folds:
-        everyone = np.flatnonzero(targets.usable_N)
+        everyone = np.flatnonzero(targets.usable_N & (splits_N != ""))
         unseen_NK = out_of_fold_logits(
             tried[best],
             strategy,
@@ -202,8 +195,34 @@ def fit_head(
     )
 
 
+def _labelled(table: pa.Table, settings: FitSettings, storage: StorageConfig) -> LabelledRows:
+    """The rows that have a label, with what splits and side features need of the label file."""
+    side = [one.column for one in settings.side_features if one.column not in table.column_names]
+    split = [name for name in (settings.split.column, settings.split.group) if name]
+    several = settings.task == "multi_label"
+    return join_labels(table, settings.labels, [*split, *side], storage, several, loose=side)
+
+
+def _side_features(
+    settings: FitSettings, table: pa.Table, labelled: LabelledRows, train: NDArray[np.int64]
+) -> tuple[SideEncoder | None, NDArray[np.float32]]:
+    """What they become, (N, E), and how; E is 0 without any."""
+    if not settings.side_features:
+        return None, np.empty((len(labelled.positions_N), 0), np.float32)
+    rows = table.take(pa.array(labelled.positions_N))
+    for one in settings.side_features:
+        if one.column not in table.column_names:
+            rows = rows.append_column(one.column, pa.array(labelled.values[one.column], pa.string()))
+    side = SideEncoder.fitted(settings.side_features, rows, train)
+    return side, side.encode(rows)
+
+
 def _gathered(
-    source: RowSource, positions_N: NDArray[np.int64], width: int, side_NE: NDArray[np.float32]
+    source: RowSource,
+    positions_N: NDArray[np.int64],
+    width: int,
+    side_NE: NDArray[np.float32],
+    place: Path | None,
 ) -> Rows:
     """Embeddings of the labelled rows, with their side features behind them.
 
@@ -214,7 +233,7 @@ def _gathered(
     first = next(portions)
     dtype = first.type.value_type.to_pandas_dtype() if not side_NE.shape[1] else np.float32
     shape = (len(positions_N), width + side_NE.shape[1])
-    rows_ND = empty_rows(shape, dtype, source.disk_for(shape[0] * shape[1] * np.dtype(dtype).itemsize))
+    rows_ND = empty_rows(shape, dtype, place)
     fill_rows(rows_ND, chain([first], portions), positions_N, width)
     rows_ND[:, width:] = side_NE
     return rows_ND
@@ -225,26 +244,40 @@ def _unheard(report: dict[str, Any]) -> None:
 
 
 def _training_digest(
-    rows: TrainingRows, tried: Sequence[Candidate], settings: FitSettings, record: Mapping[str, Any]
+    rows: TrainingRows,
+    width: int,
+    tried: Sequence[Candidate],
+    settings: FitSettings,
+    record: Mapping[str, Any],
 ) -> str:
-    """Of all that training hangs on; not of the strategy, which changes no more than last digits."""
+    """Of all that training hangs on, as it was read: processors may differ in a last bit of what is computed of it.
+
+    Not of the strategy, which changes no more than that either.
+    """
     facts = {
         "engine": __version__,
         "fingerprint": record["fingerprint"],
         "tried": [candidate.to_json() for candidate in tried],
-        "training": settings.training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "heads": [open_head(candidate.head).stated.model_dump(mode="json") for candidate in tried],
+        "side_features": [one.model_dump(mode="json") for one in settings.side_features],
+        "training": settings.training.model_dump(mode="json", exclude={"checkpoint_seconds", "rows"}),
     }
     digest = hashlib.sha256(canonical_json(facts).encode())
+    some_ND = rows.embeddings_ND[:: 1 + len(rows.embeddings_ND) // DIGESTED_ROWS]
     # A few numbers of an embedding tell one image from another.
-    for array in (
-        rows.embeddings_ND[:, :8],
-        rows.embeddings_ND[:, -8:],
-        rows.targets_N,
-        rows.train,
-        rows.validation,
-    ):
+    for array in (some_ND[:, : min(8, width)], rows.targets_N, rows.train, rows.validation):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _refuse_other_rows(digest: str, agreed: Agreed) -> None:
+    """Each worker reads for itself: a part that was written between two of them would let them wait for each other."""
+    mine = float(int(digest[:12], 16))  # 48 bits are exact
+    if agreed(np.array([mine]))[0] != mine:
+        raise EngineError(
+            "training: the workers have read different rows or labels",
+            way_out="run again when nothing writes to the embedding table or the label file any more",
+        )
 
 
 def _nothing_to_choose_by(count: int, settings: FitSettings) -> LabelError:

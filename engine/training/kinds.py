@@ -258,7 +258,7 @@ class CalibrationConfig(Config):
     about a row, where the validation rows show clearly that this is better (of multi_label it is `temperature`).
     `none`: as trained."""
     precisions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
-    """Shares of right answers for which the report suggests a `min_confidence`."""
+    """Shares of right answers for which the report suggests a `min_confidence`; not of multi_label."""
 
 
 class SuspectsConfig(Config):
@@ -312,6 +312,10 @@ class FitSettings(Config):
         if several and self.training.class_weights != "none":
             raise ValueError(
                 "training.class_weights: classes of multi_label rows have no weights; leave it at none"
+            )
+        if several and self.calibration.precisions != CalibrationConfig().precisions:
+            raise ValueError(
+                "calibration.precisions: classes of multi_label rows have thresholds of best F1 instead"
             )
         if not several and self.labels.separator is not None:
             raise ValueError("labels.separator: a single_label row has one label; set task to multi_label")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,11 +89,13 @@ def join_labels(
     columns: Sequence[str],
     storage: StorageConfig,
     several: bool = False,
+    loose: Collection[str] = (),
 ) -> LabelledRows:
     """Find each row's label, in the table itself or in a file keyed by `key` (or `shard` and `key`).
 
     Args:
         several: a row may have any number of labels; each text is then as `label_set` takes apart.
+        loose: those of `columns` that may hold fractions or truth values.
         table: an embedding table with `key`, `shard` and whatever columns the recipe names.
         config: where the labels are.
         columns: what else is wanted of each row (split, group): columns of the label file if it has them, else of the
@@ -110,7 +112,7 @@ def join_labels(
         values = {name: _text_column(table, name, "embedding table") for name in columns}
         ignored = _Ignored((), ())
     else:
-        labels, values, ignored = _from_file(table, config, columns, storage, several)
+        labels, values, ignored = _from_file(table, config, columns, storage, several, loose)
     is_labelled = pc.fill_null(pc.not_equal(labels, ""), False)
     positions_N = np.flatnonzero(is_labelled.to_numpy(zero_copy_only=False))
     if len(positions_N) == 0:
@@ -156,7 +158,12 @@ def encode_classes(labels: Sequence[str], is_train_N: NDArray[np.bool_]) -> Clas
 
 
 def _from_file(
-    table: pa.Table, config: LabelsConfig, columns: Sequence[str], storage: StorageConfig, several: bool
+    table: pa.Table,
+    config: LabelsConfig,
+    columns: Sequence[str],
+    storage: StorageConfig,
+    several: bool,
+    loose: Collection[str],
 ) -> tuple[pa.ChunkedArray, dict[str, pa.ChunkedArray], _Ignored]:
     """Labels and further values in the table's row order, and which labels say nothing."""
     assert config.uri is not None
@@ -165,7 +172,7 @@ def _from_file(
     texts = {
         "key": _text_column(file, config.key, config.uri),
         "label": _labels_column(file, config, config.uri, several),
-        **{_VALUE + name: _text_column(file, name, config.uri) for name in in_file},
+        **{_VALUE + name: _value_column(file, name, config.uri, loose) for name in in_file},
     }
     if "shard" in file.column_names:
         texts["shard"] = _text_column(file, "shard", config.uri)
@@ -293,13 +300,22 @@ def _read_csv_as_text(content: bytes) -> pa.Table:
     return pa.csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=convert)
 
 
+def _value_column(table: pa.Table, name: str, origin: str, loose: Collection[str]) -> pa.ChunkedArray:
+    """As `_text_column`; of loose ones fractions and truth values are written out too."""
+    if name in loose and name in table.column_names:
+        kind = table[name].type
+        if pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind):
+            return table[name].cast(pa.string())
+    return _text_column(table, name, origin)
+
+
 def _text_column(table: pa.Table, name: str, origin: str) -> pa.ChunkedArray:
     """A column as strings; whole numbers are written out, fractions and nested values refused."""
     if name not in table.column_names:
         raise LabelError(
             f"{origin}: no column {name!r}",
             found=", ".join(table.column_names),
-            way_out="name an existing column in labels.key, labels.label, split.column or split.group",
+            way_out="name an existing column in labels.key, labels.label, split.column, split.group or side_features",
         )
     column = table[name]
     if pa.types.is_dictionary(column.type):
@@ -385,7 +401,8 @@ def _conflict(given: pa.Table, name: str, ids: list[str], uri: str) -> LabelErro
         f"labels.uri {uri}: {len(ids)} keys have more than one {name.removeprefix(_VALUE)}",
         found="; ".join(shown) + ("; ..." if len(ids) > EXAMPLES else ""),
         wanted=f"one {name.removeprefix(_VALUE)} per key",
-        way_out="keep one line per key in the label file, or set labels.conflicts to leave_out",
+        way_out="keep one line per key in the label file"
+        + (", or set labels.conflicts to leave_out" if name == "label" else ""),
     )
 
 

@@ -60,6 +60,8 @@ class Lbfgs:
             self.loss, self._gradient_P = loss, gradient_P
             self._turn()
             return not math.isfinite(loss)
+        if not self._slope < 0:  # it stands at a minimum, and no line leads anywhere
+            return True
         self._trials += 1
         if not loss <= self.loss + DECREASE * self._length * self._slope:  # also where it is NaN
             self._too_long = self._length
@@ -79,9 +81,11 @@ class Lbfgs:
         return False
 
     def _accept(self, loss: float, gradient_P: Floats) -> None:
-        self._steps_hP.append(self._length * self._direction_P)
-        self._changes_hP.append(gradient_P - self._gradient_P)
-        del self._steps_hP[: -self._history], self._changes_hP[: -self._history]
+        step_P, change_P = self._length * self._direction_P, gradient_P - self._gradient_P
+        if float(step_P @ change_P) > 0:  # a gradient that did not change says nothing of the curvature
+            self._steps_hP.append(step_P)
+            self._changes_hP.append(change_P)
+            del self._steps_hP[: -self._history], self._changes_hP[: -self._history]
         self.at_P, self.loss, self._gradient_P = self.asked, loss, gradient_P
         self._turn()
 

@@ -1,4 +1,4 @@
-"""Epochs over embeddings held in memory, with early stopping; read it top to bottom. Not for: what an epoch does.
+"""Epochs over embeddings, with early stopping; read it top to bottom. Not for: what an epoch does.
 
 Shape letters: N rows held, V validation rows.
 """
@@ -198,6 +198,7 @@ def out_of_fold_logits(
 def _remembered(candidate: Candidate, rows: TrainingRows, agreed: Agreed) -> Trained:
     """A head that is made of the training rows."""
     head = open_head(candidate.head)
+    head.check_room(len(rows.train), rows.embeddings_ND.shape[1])
     network = head.remember(rows.embeddings_ND[rows.train], rows.targets_N[rows.train], rows.num_classes)
     watched = _watched(compile_logits(network), rows)
     loss, accuracy = agreed(np.array(watched)).tolist() if watched else (None, None)

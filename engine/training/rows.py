@@ -5,6 +5,8 @@ Shape letters: N rows, D embedding width, E numbers of side features.
 
 from __future__ import annotations
 
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from engine.errors import TableDamaged
+from engine.errors import EngineError, TableDamaged
+from engine.strategies.base import Agreed
+
+log = logging.getLogger(__name__)
 
 Rows = NDArray[np.floating[Any]]
 
@@ -26,16 +31,41 @@ class RowSource:
 
     Attributes:
         columns: reads the embedding column of the table, portion by portion, in the table's order.
-        disk_for: for so many bytes of rows, the folder of a file to hold them in; None: they stay in memory.
+        wants_disk: whether so many bytes of rows are better held in a file than in memory.
+        folder: where that file is made.
     """
 
     columns: Callable[[], Iterable[pa.ChunkedArray]]
-    disk_for: Callable[[int], Path | None]
+    wants_disk: Callable[[int], bool]
+    folder: Path
 
     @staticmethod
     def of(table: pa.Table) -> RowSource:
         """A table that is in memory."""
-        return RowSource(lambda: [table["embedding"]], lambda size: None)
+        return RowSource(lambda: [table["embedding"]], lambda size: False, Path())
+
+    def place_for(self, size: int, agreed: Agreed) -> Path | None:
+        """The folder, or None for memory: as the first worker wants it.
+
+        Workers that went over their rows in different ways would wait for each other.
+
+        Raises:
+            EngineError: there is no room for two files of that size.
+        """
+        if not agreed(np.array([float(self.wants_disk(size))]))[0]:
+            return None
+        free = shutil.disk_usage(self.folder).free
+        if 2 * size > free:  # as they are read, and as they are trained on
+            raise EngineError(
+                f"training.rows: no room for the embeddings on {self.folder} of a worker",
+                found=f"{free / 1e9:.1f} GB free there",
+                wanted=f"twice {size / 1e9:.1f} GB",
+                way_out="set TMPDIR to a larger disk, or give the workers more memory",
+            )
+        log.warning(
+            "%.1f GB of embeddings are read from a file in %s, batch by batch", size / 1e9, self.folder
+        )
+        return self.folder
 
 
 def empty_rows(shape: tuple[int, int], dtype: Any, folder: Path | None) -> Rows:

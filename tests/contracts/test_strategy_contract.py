@@ -26,9 +26,11 @@ from engine.heads.bundle import TrainedHead, publish_bundle
 from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig
 from engine.storage import open_store
 from engine.strategies.kinds import MultiWorker, StrategyConfig, open_strategy
+from engine.training import passes
 from engine.training.grid import Candidate
 from engine.training.kinds import AdamConfig, LbfgsConfig, TrainingConfig
 from engine.training.loop import TrainingRows, train_heads
+from engine.training.rows import empty_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +47,11 @@ def trace(strategy_json: str, folder: Path) -> dict[str, Any]:
     embeddings_ND = rng.normal(size=(1009, 37)).astype(np.float32)
     classes_N = (embeddings_ND @ rng.normal(size=(37, 5)) + [2, 0, 0, 0, -1]).argmax(axis=1)
     order = rng.permutation(1009)
+    passes.ROWS_AT_ONCE = 100  # several portions of a full batch
+    if os.environ.get("TRACE_ROWS") == "disk":
+        on_disk_ND = empty_rows(embeddings_ND.shape, np.float32, folder)
+        on_disk_ND[:] = embeddings_ND
+        embeddings_ND = on_disk_ND
     rows = TrainingRows(embeddings_ND, classes_N, order[:907], order[907:])
     optimizer = AdamConfig(learning_rate=0.01, weight_decay=0.5)
     config = TrainingConfig(epochs=3, batch_size=101, class_weights="balanced", label_smoothing=0.1)
@@ -140,6 +147,14 @@ def test_every_one_of_several_workers_gives_the_trace_of_one_device(workers: int
     strategy_json = json.dumps({"kind": "multi_worker", "workers": workers})
     for found in traces_of_fresh_processes(strategy_json, tmp_path, workers):
         assert_same_trace(found, workers)
+
+
+def test_two_workers_with_rows_on_the_disk_give_the_trace_of_one_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACE_ROWS", "disk")
+    for found in traces_of_fresh_processes('{"kind": "multi_worker", "workers": 2}', tmp_path, 2):
+        assert_same_trace(found, 2)
 
 
 def test_a_lone_worker_gives_the_trace_of_one_device(tmp_path: Path) -> None:

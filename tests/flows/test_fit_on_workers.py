@@ -205,6 +205,24 @@ def test_an_error_of_one_worker_is_told_and_not_tried_again(cluster: Cluster, tm
     assert len(list(tried.iterdir())) == 2
 
 
+def test_a_fault_of_the_code_is_told_with_its_place_and_not_tried_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    from engine.errors import ClusterError
+    from engine.on_ray import ray_session, run_training
+    from engine.sizing import WorkerShare
+
+    def body(report: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        del report
+        (tmp_path / str(time.monotonic_ns())).touch()
+        return {"sum": "one" + 1}  # type: ignore[operator]
+
+    with ray_session(cluster.address, local_cpus=1), pytest.raises(ClusterError) as raised:
+        run_training(body, lambda report: None, 1, WorkerShare(1.0, 0.0))
+    assert "in body" in str(raised.value) and "TypeError: can only concatenate str" in str(raised.value)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_killed_driver_is_taken_up_by_the_same_command(
     engine_process: Engine, repository: Path, tmp_path: Path
 ) -> None:

@@ -120,7 +120,8 @@ def test_few_rows_and_zero_rows_are_no_trouble_and_too_many_are_refused() -> Non
         compile_logits(open_head(CONFIG).remember(with_zero, classes_N[:21], 3))(with_zero)
     ).all()
     with pytest.raises(LabelError, match=r"(?s)210 rows of 9 numbers.*max_rows 100"):
-        open_head(CONFIG.model_copy(update={"max_rows": 100})).remember(rows_ND, classes_N, 3)
+        open_head(CONFIG.model_copy(update={"max_rows": 100})).check_room(*rows_ND.shape)
+    open_head(CONFIG).check_room(*rows_ND.shape)
     with pytest.raises(ValidationError):
         KnnHeadConfig(kind="knn", k=0)
     assert open_head(LinearHeadConfig()).learns_by_gradient

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
 
@@ -151,3 +152,36 @@ def test_a_column_may_come_from_the_label_file_when_fitting(tmp_path: Path) -> N
     assert Predictor(bundle, 1).predict_table(table).num_rows == 600
     with pytest.raises(LabelError, match="no column 'camera'"):
         Predictor(bundle, 1).predict_table(without)
+
+
+def test_numbers_that_training_rows_say_nothing_of_cannot_decide_anything() -> None:
+    configs = [SideFeatureConfig(column=name, kind="numeric") for name in ("same", "none", "nearly")]
+    seen = columns(same=["5"] * 99 + ["5"], none=[""] * 100, nearly=["7"] * 99 + ["7.1"])
+    encoder = SideEncoder.fitted(configs, seen, np.arange(100))
+    fresh = encoder.encode(columns(same=["6"], none=["50"], nearly=["1000"]))[0]
+    by_column = dict(zip(sorted(("same", "none", "nearly")), fresh.tolist(), strict=True))
+    assert (by_column["same"], by_column["none"]) == (0.0, 0.0)
+    assert by_column["nearly"] == pytest.approx(10, rel=1e-3)
+
+
+def test_a_label_file_may_have_fractions_beside_its_labels(tmp_path: Path) -> None:
+    table = made_table().drop_columns(["label", "camera", "lens"])
+    rng = np.random.default_rng(3)
+    age = rng.normal(size=600)
+    given = pa.table({"key": table["key"], "label": np.where(age > 0, "old", "new").tolist(), "age": age})
+    pa.parquet.write_table(given, tmp_path / "labels.parquet")
+    document = {
+        "labels": {"uri": str(tmp_path / "labels.parquet")},
+        "side_features": [{"column": "age", "kind": "numeric"}],
+        "optimizer": {"kind": "lbfgs"},
+        "strategy": {"kind": "one_device"},
+    }
+    store = open_store(str(tmp_path / "bundle"))
+    settings = FitSettings.model_validate(document)
+    fit_head(table, RECORD, settings, StorageConfig(), store, lambda report: None)
+    assert open_bundle(store).document("metrics")["test"]["accuracy"] > 0.9
+    absent = FitSettings.model_validate(
+        {**document, "side_features": [{"column": "size", "kind": "numeric"}]}
+    )
+    with pytest.raises(LabelError, match=r"(?s)no column 'size'.*side_features"):
+        fit_head(table, RECORD, absent, StorageConfig(), store, lambda report: None)

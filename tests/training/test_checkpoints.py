@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.errors import StorageError
-from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig
+from engine.heads.kinds import CustomHeadConfig, LinearHeadConfig, MlpHeadConfig
 from engine.storage import Store, open_store
 from engine.strategies.kinds import OneDevice, open_strategy
 from engine.training.checkpoints import Checkpoints, State
@@ -123,3 +125,23 @@ def test_checkpoints_are_not_written_more_often_than_wished(tmp_path: Path) -> N
     read = often.read()
     assert read is not None and read.facts == {"epoch": 3}
     np.testing.assert_array_equal(read.tensors["a"], np.arange(4.0))
+
+
+def test_a_custom_head_whose_source_has_changed_is_another_training(tmp_path: Path) -> None:
+    from engine.training.fit import _training_digest
+    from engine.training.kinds import FitSettings
+
+    rows = made_rows()
+    config = CustomHeadConfig(kind="custom", build="changing_head.build")
+    tried = [Candidate(config, AdamConfig())]
+    digests = []
+    for text in ("", "# another\n"):
+        (tmp_path / "changing_head.py").write_text(f"{text}def build(width, classes): ...\n")
+        sys.path.insert(0, str(tmp_path))
+        try:
+            importlib.invalidate_caches()
+            digests.append(_training_digest(rows, 13, tried, FitSettings(), {"fingerprint": "f"}))
+        finally:
+            sys.path.remove(str(tmp_path))
+            sys.modules.pop("changing_head", None)
+    assert digests[0] != digests[1]

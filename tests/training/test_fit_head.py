@@ -18,6 +18,7 @@ from engine.heads.bundle import open_bundle
 from engine.predictor import Predictor
 from engine.schema import embeddings_schema
 from engine.storage import StorageConfig, open_store
+from engine.training import passes
 from engine.training.fit import FitSummary, fit_head
 from engine.training.kinds import FitSettings
 from engine.training.metrics import calibration_error, reliability_bins
@@ -361,8 +362,10 @@ def test_embeddings_are_gathered_across_chunks_in_their_dtype(dtype: type[np.flo
 
 @pytest.mark.parametrize("optimizer", [{"learning_rate": 0.05}, {"kind": "lbfgs"}])
 def test_rows_on_the_disk_give_the_head_that_rows_in_memory_give(
-    optimizer: dict[str, Any], tmp_path: Path
+    optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(passes, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(passes, "STEPS_PER_CALL", 2)
     table = made_table(fold=["x"] * 211)
     settings = FitSettings.model_validate(
         {
@@ -375,14 +378,16 @@ def test_rows_on_the_disk_give_the_head_that_rows_in_memory_give(
     scratch, asked = tmp_path / "scratch", []
     scratch.mkdir()
 
-    def disk_for(size: int) -> Path:
+    def wants_disk(size: int) -> bool:
         asked.append(size)
-        return scratch
+        return True
 
     sources = {
         "memory": RowSource.of(table),
         "disk": RowSource(
-            lambda: [part["embedding"] for part in (table.slice(0, 70), table.slice(70))], disk_for
+            lambda: [part["embedding"] for part in (table.slice(0, 70), table.slice(70))],
+            wants_disk,
+            scratch,
         ),
     }
     found = {}
@@ -390,10 +395,15 @@ def test_rows_on_the_disk_give_the_head_that_rows_in_memory_give(
         store = open_store(str(tmp_path / name))
         fit_head(table, RECORD, settings, StorageConfig(), store, lambda report: None, source)
         found[name] = open_bundle(store)
-    assert found["disk"].document("metrics") == found["memory"].document("metrics")
-    assert found["disk"].document("suspects") == found["memory"].document("suspects")
-    assert found["disk"].id == found["memory"].id
-    assert asked == [211 * (WIDTH + 2) * 4] * 2  # as read, and standardised
+    ours, theirs = (found[name].document("metrics") for name in ("disk", "memory"))
+    for one, other in zip(ours["training"]["history"], theirs["training"]["history"], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert ours["test"]["confusion_matrix"] == theirs["test"]["confusion_matrix"]
+    assert found["disk"].document("suspects")["suspects"] == [
+        {**suspect, "margin": pytest.approx(suspect["margin"], abs=1e-5)}
+        for suspect in found["memory"].document("suspects")["suspects"]
+    ]
+    assert asked == [211 * (WIDTH + 2) * 4]
     assert not list(scratch.iterdir())  # files without names
 
 
@@ -402,10 +412,21 @@ def test_rows_outside_of_all_slices_are_said_and_counted_nowhere(
 ) -> None:
     fold = ["old" if row % 3 else "new" for row in range(211)]
     split = {"column": "fold", "train": "old[:70%]", "validation": "old[70%:90%]", "test": "new"}
+    keys = [f"img{row:04d}" for row in range(211)]
+    labels = [NAMES[row % 3] if hash_fraction(9, key) < 0.2 else None for row, key in enumerate(keys)]
+    labels = [wrong or right for wrong, right in zip(labels, made_table()["label"].to_pylist(), strict=True)]
     with caplog.at_level(logging.WARNING, "engine"):
-        summary, metrics = fit(made_table(fold=fold), tmp_path, split=split, training={"epochs": 2})
+        summary, metrics = fit(
+            made_table(fold=fold, label=labels), tmp_path, split=split, training={"epochs": 9}
+        )
     rows = {name: metrics["split"][name]["rows"] for name in ("train", "validation", "test")}
     assert rows["test"] == 71 and rows["train"] > 3 * rows["validation"]
     left_out = 211 - sum(rows.values())
     assert 0 < left_out < 40 and summary["rows"] == 211 - left_out
     assert f"{left_out} labelled rows are outside of all slices" in caplog.text
+    outside = {
+        key for key, kept in zip(keys, fold, strict=True) if kept == "old" and hash_fraction(0, key) >= 0.9
+    }
+    assert len(outside) == left_out
+    suspects = open_bundle(open_store(str(tmp_path))).document("suspects")["suspects"]
+    assert suspects and not outside & {suspect["key"] for suspect in suspects}

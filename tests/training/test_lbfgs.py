@@ -12,6 +12,7 @@ from engine.config import check_recipe
 from engine.errors import EngineError, RecipeError
 from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig
 from engine.strategies.kinds import OneDevice, open_strategy
+from engine.training import passes
 from engine.training.grid import Candidate, candidates
 from engine.training.kinds import FitSettings, LbfgsConfig, TrainingConfig
 from engine.training.lbfgs import Lbfgs
@@ -60,6 +61,18 @@ def test_where_no_step_helps_it_stays_and_ends_its_iteration() -> None:
     assert (descent.at_P[0], descent.loss) == (1.0, 1.0)
 
 
+def test_a_start_at_the_minimum_ends_at_once() -> None:
+    descent = Lbfgs(np.zeros(3), history=3)
+    assert not descent.tell(1.0, np.zeros(3))
+    assert descent.tell(1.0, np.zeros(3)) and descent.steepest == 0.0
+    straight = Lbfgs(np.zeros(1), history=3)  # a loss whose gradient never changes
+    for _ in range(5):
+        while not straight.tell(float(-straight.asked[0]), np.array([-1.0])):
+            assert abs(straight.asked[0]) < 1e12
+    alike = TrainingRows(np.ones((8, 3), np.float32), np.arange(8) % 2, np.arange(8), np.arange(0))
+    assert trained(0.0, alike).result.stopped.startswith("the gradient vanished after epoch 1")
+
+
 def trained(l2: float, rows: TrainingRows, **training: object) -> Trained:
     config = TrainingConfig.model_validate({"epochs": 500, "patience": 500, **training})
     tried = [Candidate(LinearHeadConfig(), LbfgsConfig(kind="lbfgs", l2=l2, tolerance=1e-5))]
@@ -83,6 +96,15 @@ def test_the_head_is_that_of_scikit_learn_for_the_same_regularisation() -> None:
     assert last.validation_accuracy == pytest.approx(
         reference.score(pixels_ND[rest], classes_N[rest]), abs=0.006
     )
+
+
+def test_portions_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = made_rows()
+    whole = trained(0.01, rows, epochs=4)
+    monkeypatch.setattr(passes, "ROWS_AT_ONCE", 50)
+    portions = trained(0.01, rows, epochs=4)
+    for ours, theirs in zip(portions.network.get_weights(), whole.network.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_row_weights_and_label_smoothing_count_as_they_do_for_other_optimizers() -> None:

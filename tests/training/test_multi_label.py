@@ -252,5 +252,7 @@ def test_a_class_without_training_rows_is_counted_and_its_rows_stay() -> None:
 def test_what_does_not_go_with_several_labels_is_refused() -> None:
     with pytest.raises(ValueError, match="class_weights"):
         FitSettings.model_validate({"task": "multi_label", "training": {"class_weights": "balanced"}})
+    with pytest.raises(ValueError, match="precisions"):
+        FitSettings.model_validate({"task": "multi_label", "calibration": {"precisions": [0.9]}})
     with pytest.raises(ValueError, match=r"labels\.separator"):
         FitSettings.model_validate({"labels": {"separator": "|"}})
