@@ -23,8 +23,9 @@ chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/R
 	  tests/test_storage.py tests/flows/test_three_jobs_on_s3.py tests/faults/test_faulty_storage.py
 	ENGINE_CHAOS_ROUNDS=3 ENGINE_CHAOS_ON=s3 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/faults/test_chaos.py
 
-bench: .venv/.installed  ## images/s of the engine, of hand-written programs and of the limit; `make bench NETWORK=MobileNetV2`
+bench: .venv/.installed  ## images/s of the engine, of hand-written programs and of the limit, then heads; `make bench NETWORK=MobileNetV2`
 	.venv/bin/python -m tests.benchmarks.throughput $(if $(NETWORK),--network $(NETWORK)) $(BENCH)
+	$(if $(NETWORK)$(BENCH),,$(MAKE) bench-heads)
 
 bench-decoding: .venv/.installed  ## time and fidelity of decoding, beside OpenCV, Pillow and TensorFlow
 	.venv/bin/python -m tests.benchmarks.decoding
