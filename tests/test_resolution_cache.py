@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from engine import resolution_cache
 from engine.backbones.kinds import KerasApplicationConfig
-from engine.errors import CanaryMismatch, WeightsError
+from engine.errors import CanaryMismatch, RecipeError, WeightsError
 from engine.recipes import Limits
 from engine.resolve import Archive, Network, resolve
 from engine.runtimes.kinds import OpenVINORuntimeConfig, TensorFlowRuntimeConfig
@@ -132,10 +133,12 @@ def test_a_runtime_is_judged_once_on_images_and_its_verdict_kept(tmp_path: Path,
 
 @needs_openvino
 def test_what_hangs_on_the_archive_is_not_kept(tmp_path: Path, cache: Path) -> None:
-    resolve(
-        replace(OPENVINO, runtime=OpenVINORuntimeConfig(kind="openvino", precision="bfloat16")),
-        archive(tmp_path, 16),
-    )
+    # Where the processor has bfloat16, a few images may well refuse it: then there is nothing to keep either.
+    with contextlib.suppress(RecipeError):
+        resolve(
+            replace(OPENVINO, runtime=OpenVINORuntimeConfig(kind="openvino", precision="bfloat16")),
+            archive(tmp_path, 16),
+        )
     assert not list(cache.glob("*.network"))
 
 
