@@ -34,6 +34,7 @@ REJECTS_FOLDER = "rejects/"
 READ_THREADS = 8  # parts are small (about 5 MB): reading is bound by the store's latency
 FOOTER_KEY = b"engine.part"
 _FOOTER_READ_BYTES = 64 << 10  # what pyarrow asks for first; our footers are about 4 KiB
+_READ_AT_ONCE_BYTES = 1 << 20  # of an object: a request or two more would take longer
 
 Record = Mapping[str, Any]
 ItemT = TypeVar("ItemT")
@@ -348,15 +349,16 @@ def open_table(store: Store, kind: str = "embeddings") -> Table:
 
 
 def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = None) -> pa.Table:
-    """Columns of one part, read as one object.
+    """Columns of one part: read as one object, or without the embeddings by their ranges, which are a twentieth of it.
 
     Raises:
         ObjectChanged: the part was rewritten since it was listed.
         TableDamaged: it is not Parquet, or lacks a column.
     """
-    encoded = store.read(info.path, expected=info)
+    is_whole = columns is None or "embedding" in columns or info.size <= _READ_AT_ONCE_BYTES
+    source = io.BytesIO(store.read(info.path, expected=info)) if is_whole else _PartEnd(store, info)
     try:
-        file = pq.ParquetFile(io.BytesIO(encoded))
+        file = pq.ParquetFile(source)
         absent = sorted(set(columns or ()) - set(file.schema_arrow.names))
         if absent:
             raise TableDamaged(
@@ -584,7 +586,8 @@ def _parquet_bytes(table: pa.Table, facts: PartFacts | None) -> bytes:
 
 
 class _PartEnd(io.RawIOBase):
-    """A seekable file over one object whose end is fetched once: enough for pyarrow to parse a footer."""
+    """A seekable file over one object whose end is fetched once: enough for pyarrow to parse a footer, and to read
+    columns that are not large."""
 
     def __init__(self, store: Store, info: ObjectInfo) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -305,3 +306,34 @@ def test_predictions_of_a_rewritten_part_go_once_it_is_scored_again(store: Store
     store.write(f"data/{new}", b"")
     assert sweep_predictions(store, lambda: {new}) == 1
     assert [name for name, _ in list_parts(store)] == [new]
+
+
+def test_small_columns_of_a_large_part_are_read_without_its_embeddings(tmp_path: Path) -> None:
+    class Counting(type(open_store(str(tmp_path)))):  # type: ignore[misc]
+        reads: ClassVar[list[int]] = []
+
+        def read(self, path: str, *arguments: Any, **named: Any) -> bytes:
+            content: bytes = super().read(path, *arguments, **named)
+            self.reads.append(len(content))
+            return content
+
+    width, rows = 512, 1024
+    random = np.random.default_rng(0)
+    data = pa.table(
+        {
+            "key": [f"{row:04d}" for row in range(rows)],
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                pa.array(random.normal(size=rows * width).astype(np.float32)), width
+            ),
+            "label": ["a", "b"] * (rows // 2),
+        }
+    )
+    pq.write_table(data, tmp_path / "part.parquet", row_group_size=rows, use_dictionary=False)
+    store = Counting(str(tmp_path), open_store(str(tmp_path)).config)
+    info = store.info("part.parquet")
+    small = read_part(store, info, ["key", "label"])
+    assert small == data.select(["key", "label"])
+    assert sum(store.reads) < info.size / 10 and len(store.reads) <= 4, store.reads
+    store.reads.clear()
+    assert read_part(store, info, ["embedding"]) == data.select(["embedding"])
+    assert store.reads == [info.size]

@@ -96,16 +96,17 @@ class Head(ABC):
             LabelError: with the numbers.
         """
 
-    @abstractmethod
     def as_matrix(self, network: keras.Model) -> AffineMap | None:
-        """The trained network as a matrix and a bias, or None where it is more than that."""
+        """The trained network as a matrix and a bias, or None where it is more than that, or nobody knows."""
+        del network
+        return None
 
-    @abstractmethod
     def absorb_scaling(
         self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
     ) -> keras.Model:
         """From a network trained on (embeddings - subtract) * multiply, which may be changed, one that takes embeddings
-        as they are."""
+        as they are: the network behind a layer that scales."""
+        return scaled_before(network, multiply_D, -subtract_D * multiply_D)
 
     def training_logits(self, network: keras.Model, embeddings_BD: Any, drop: Drop) -> Any:
         """Logits as a training step sees them.

@@ -82,16 +82,6 @@ class CustomHead(Head):
             wanted=f"a keras.Model from (None, {width}) to (None, {num_classes})",
         )
 
-    def as_matrix(self, network: keras.Model) -> None:
-        """Nobody knows."""
-        return
-
-    def absorb_scaling(
-        self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
-    ) -> keras.Model:
-        """The network behind a layer that scales."""
-        return scaled_before(network, multiply_D, -subtract_D * multiply_D)
-
 
 def tensors_of(network: keras.Model) -> dict[str, NDArray[np.floating[Any]]]:
     """All that a bundle keeps of a custom head: its weights in order, and the scaling before it."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import LabelError
-from engine.heads.base import Head, scaled_before
+from engine.heads.base import Head
 from engine.heads.kinds import KnnHeadConfig
 
 if TYPE_CHECKING:
@@ -86,13 +86,3 @@ class KnnHead(Head):
         votes.set_weights([classes_NK.astype(np.float32)])
         network.trainable = False
         return network
-
-    def as_matrix(self, network: keras.Model) -> None:
-        """It is more than a matrix."""
-        return
-
-    def absorb_scaling(
-        self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
-    ) -> keras.Model:
-        """The network behind a layer that scales."""
-        return scaled_before(network, multiply_D, -subtract_D * multiply_D)

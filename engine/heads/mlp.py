@@ -49,10 +49,6 @@ class MlpHead(Head):
         )
         return keras.Sequential(layers, name="mlp_head")
 
-    def as_matrix(self, network: keras.Model) -> None:
-        """It is more than a matrix."""
-        return
-
     def absorb_scaling(
         self, network: keras.Model, subtract_D: NDArray[np.float64], multiply_D: NDArray[np.float64]
     ) -> keras.Model:

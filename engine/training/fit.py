@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -40,9 +40,6 @@ from engine.training.split import assign_splits
 from engine.training.step import hold_rows
 from engine.training.suspects import assign_folds
 from engine.training.tasks import RowNames, Targets, read_targets
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 DIGESTED_ROWS = 1 << 20  # of a digest at most: on a disk a row's first numbers cost as much as all of them

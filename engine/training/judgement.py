@@ -27,12 +27,12 @@ class JudgedRows:
 
     Attributes:
         logits_NK: as the head gives them.
-        classes_N: their classes.
+        targets_N: their classes; where a row may have several, (N, K) with 1 where it has the class.
         keys, shards: which rows they are.
     """
 
     logits_NK: NDArray[np.float32]
-    classes_N: NDArray[np.integer[Any]]
+    targets_N: NDArray[np.integer[Any]]
     keys: Sequence[str]
     shards: Sequence[str]
 
@@ -61,16 +61,16 @@ def judge(
         class_names: K names in the order of the logits.
     """
     validation = splits["validation"]
-    calibration = calibrate(config.kind, validation.logits_NK, validation.classes_N)
+    calibration = calibrate(config.kind, validation.logits_NK, validation.targets_N)
     calibrated = {name: calibration.apply(rows.logits_NK) for name, rows in splits.items()}
     metrics: dict[str, Any] = {
-        name: evaluate(calibrated[name], splits[name].classes_N, class_names) for name in JUDGED
+        name: evaluate(calibrated[name], splits[name].targets_N, class_names) for name in JUDGED
     }
     metrics["calibration"] = {
         "kind": config.kind,
         **calibration.model_dump(mode="json"),
         "calibration_error_before": {
-            name: _calibration_error(splits[name].logits_NK, splits[name].classes_N) for name in JUDGED
+            name: _calibration_error(splits[name].logits_NK, splits[name].targets_N) for name in JUDGED
         },
         "suggested_min_confidence": _suggestions(splits, calibrated, config.precisions),
     }
@@ -101,10 +101,10 @@ def _suggestions(
     precisions: Sequence[float],
 ) -> list[dict[str, Any]]:
     """A threshold for each wished precision, found on validation, and what it comes to on test."""
-    if not len(splits["validation"].classes_N):
+    if not len(splits["validation"].targets_N):
         return []
-    found = _answers(calibrated["validation"], splits["validation"].classes_N)
-    confidences_N, is_right_N = _answers(calibrated["test"], splits["test"].classes_N)
+    found = _answers(calibrated["validation"], splits["validation"].targets_N)
+    confidences_N, is_right_N = _answers(calibrated["test"], splits["test"].targets_N)
     suggestions = []
     for precision in precisions:
         threshold = threshold_for(precision, *found)
@@ -126,7 +126,7 @@ def _mistakes(
     rows = []
     for name in JUDGED:
         split = splits[name]
-        confidences_N, is_right_N = _answers(calibrated[name], split.classes_N)
+        confidences_N, is_right_N = _answers(calibrated[name], split.targets_N)
         answers_N = calibrated[name].argmax(axis=1)
         wrong = np.flatnonzero(~is_right_N)
         for row in wrong[np.argsort(-confidences_N[wrong], kind="stable")][:MISTAKES_SHOWN].tolist():
@@ -135,7 +135,7 @@ def _mistakes(
                     "key": split.keys[row],
                     "shard": split.shards[row],
                     "split": name,
-                    "label": class_names[split.classes_N[row]],
+                    "label": class_names[split.targets_N[row]],
                     "answer": class_names[answers_N[row]],
                     "confidence": float(confidences_N[row]),
                 }

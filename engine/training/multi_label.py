@@ -7,7 +7,6 @@ validation rows, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,31 +14,14 @@ from numpy.typing import NDArray
 
 from engine.heads.confidence import Calibration, sigmoid
 from engine.training.calibration import fit_temperature
+from engine.training.judgement import JUDGED, MISTAKES_SHOWN, JudgedRows
 from engine.training.kinds import CalibrationConfig
 from engine.training.metrics import area_under_roc, calibration_error, class_figures, reliability_bins
 
-JUDGED = ("validation", "test")
-MISTAKES_SHOWN = 20
 UNCHOSEN_THRESHOLD = 0.5  # of a class that no validation row has
 
 Logits = NDArray[np.floating[Any]]
 Given = NDArray[np.integer[Any]]  # (N, K): 1 where the row has the class
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedLabelSets:
-    """The rows of one split, with what the head says of them.
-
-    Attributes:
-        logits_NK: as the head gives them.
-        given_NK: 1 where a row is labelled with the class.
-        keys, shards: which rows they are.
-    """
-
-    logits_NK: NDArray[np.float32]
-    given_NK: Given
-    keys: Sequence[str]
-    shards: Sequence[str]
 
 
 def binary_cross_entropy(logits_NK: Logits, given_NK: Given) -> float:
@@ -157,7 +139,7 @@ def evaluate_label_sets(
 
 
 def judge_label_sets(
-    splits: Mapping[str, JudgedLabelSets], class_names: Sequence[str], config: CalibrationConfig
+    splits: Mapping[str, JudgedRows], class_names: Sequence[str], config: CalibrationConfig
 ) -> tuple[Calibration, tuple[float, ...], dict[str, Any]]:
     """Calibrate and choose thresholds on the validation rows, then measure both splits with what came out.
 
@@ -167,19 +149,19 @@ def judge_label_sets(
     """
     validation = splits["validation"]
     calibration = Calibration()
-    if config.kind != "none" and len(validation.given_NK):
-        calibration = Calibration(temperature=_fit_temperature(validation.logits_NK, validation.given_NK))
+    if config.kind != "none" and len(validation.targets_N):
+        calibration = Calibration(temperature=_fit_temperature(validation.logits_NK, validation.targets_N))
     probabilities = {name: sigmoid(calibration.apply(rows.logits_NK)) for name, rows in splits.items()}
-    thresholds = choose_thresholds(probabilities["validation"], validation.given_NK)
+    thresholds = choose_thresholds(probabilities["validation"], validation.targets_N)
     metrics: dict[str, Any] = {
-        name: evaluate_label_sets(probabilities[name], splits[name].given_NK, thresholds, class_names)
+        name: evaluate_label_sets(probabilities[name], splits[name].targets_N, thresholds, class_names)
         for name in JUDGED
     }
     metrics["calibration"] = {
         "kind": "none" if config.kind == "none" else "temperature",
         **calibration.model_dump(mode="json"),
         "calibration_error_before": {
-            name: _error(sigmoid(splits[name].logits_NK), splits[name].given_NK) for name in JUDGED
+            name: _error(sigmoid(splits[name].logits_NK), splits[name].targets_N) for name in JUDGED
         },
     }
     metrics["most_confident_mistakes"] = _mistakes(splits, probabilities, class_names)
@@ -199,13 +181,13 @@ def _error(probabilities_NK: Logits, given_NK: Given) -> float | None:
 
 
 def _mistakes(
-    splits: Mapping[str, JudgedLabelSets], probabilities: Mapping[str, Logits], class_names: Sequence[str]
+    splits: Mapping[str, JudgedRows], probabilities: Mapping[str, Logits], class_names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The questions that were answered wrong with most confidence."""
     mistakes = []
     for name in JUDGED:
         split, probabilities_NK = splits[name], probabilities[name]
-        surety_NK = np.where(split.given_NK.astype(bool), 1 - probabilities_NK, probabilities_NK)
+        surety_NK = np.where(split.targets_N.astype(bool), 1 - probabilities_NK, probabilities_NK)
         for place in np.argsort(-surety_NK, axis=None, kind="stable")[:MISTAKES_SHOWN].tolist():
             row, number = divmod(place, len(class_names))
             if surety_NK[row, number] <= 0.5:
@@ -216,7 +198,7 @@ def _mistakes(
                     "shard": split.shards[row],
                     "split": name,
                     "label": class_names[number],
-                    "given": bool(split.given_NK[row, number]),
+                    "given": bool(split.targets_N[row, number]),
                     "confidence": float(surety_NK[row, number]),
                 }
             )

@@ -43,23 +43,67 @@ class Passed:
 
 
 class Passes(ABC):
-    """Goes over the training rows, time and again."""
+    """Goes over the training rows, time and again.
 
-    @abstractmethod
+    Args:
+        strategy: opened.
+        learners: made in its scope; their optimizers are all of one kind.
+        held: as `hold_rows` gives it.
+        train: rows to learn from.
+        weights_N: what each row held counts.
+        weigh: and for which head.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        learners: Sequence[Learner],
+        held: Any,
+        train: NDArray[np.int64],
+        weights_N: NDArray[np.float32],
+        config: TrainingConfig,
+        weigh: Weigh,
+    ) -> None:
+        self._strategy, self._learners, self._held = strategy, learners, held
+        self._train, self._weights_N, self._config, self._weigh = train, weights_N, config, weigh
+        self._together: list[int] = []
+
     def epoch(self, number: int, going: Sequence[int]) -> dict[int, Passed]:
-        """One epoch of some of the learners; `number` counts from 1."""
+        """One epoch of some of the learners, and perhaps of others that are computed with them; counts from 1."""
+        # Heads that have stopped still cost time in each step, and compiling one without them does too.
+        if not self._together or len(going) <= len(self._together) / 2:
+            self._take_together(going)
+        return self._pass(number, going)
+
+    def _take_together(self, heads: Sequence[int]) -> None:
+        self._together = list(heads)
+        self._compile([self._learners[head] for head in heads])
 
     @abstractmethod
+    def _compile(self, learners: Sequence[Learner]) -> None:
+        """What is needed for epochs of these."""
+
+    @abstractmethod
+    def _pass(self, number: int, going: Sequence[int]) -> dict[int, Passed]:
+        """An epoch of those that are computed together."""
+
     def facts(self) -> dict[str, Any]:
-        """With `tensors`: what it would need to go on with the next epoch. This is what JSON can say."""
+        """With `tensors`: what it would need to go on with the next epoch. Which heads are computed together is part of
+        it, for dropout's numbers hang on the widest of them."""
+        return {"together": self._together}
 
     @abstractmethod
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The rest of it, the learners' weights apart."""
 
-    @abstractmethod
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
         """Go on from there; call it in the strategy's scope."""
+        self._restore(tensors)
+        self._take_together(facts["together"])
+
+    @abstractmethod
+    def _restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """As `tensors` gave them."""
 
 
 def for_all_heads(rows_SRB: NDArray[np.int64], weights_SRB: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -78,36 +122,25 @@ def open_passes(
     weigh: Weigh = for_all_heads,
 ) -> Passes:
     """As the learners' optimizers go; those of one recipe are all of one kind."""
-    if isinstance(learners[0].config, LbfgsConfig):
-        return FullBatch(strategy, learners, held, train, weights_N, config, weigh)
-    return MiniBatches(strategy, learners, held, train, weights_N, config, weigh)
+    kind = FullBatch if isinstance(learners[0].config, LbfgsConfig) else MiniBatches
+    return kind(strategy, learners, held, train, weights_N, config, weigh)
 
 
 class MiniBatches(Passes):
     """All rows in another order each epoch, and an optimizer step for each batch."""
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        learners: Sequence[Learner],
-        held: Any,
-        train: NDArray[np.int64],
-        weights_N: NDArray[np.float32],
-        config: TrainingConfig,
-        weigh: Weigh,
-    ) -> None:
-        self._strategy, self._learners, self._held = strategy, learners, held
-        self._train, self._weights_N, self._config, self._weigh = train, weights_N, config, weigh
-        self._stepped: list[int] = []
-        with strategy.scope():
-            for learner in learners:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        with self._strategy.scope():
+            for learner in self._learners:
                 learner.optimizer_of_steps.build(learner.network.trainable_variables)
 
-    def epoch(self, number: int, going: Sequence[int]) -> dict[int, Passed]:
+    def _compile(self, learners: Sequence[Learner]) -> None:
+        config = self._config
+        self._steps = compile_steps(self._strategy, learners, self._held, config.label_smoothing, config.seed)
+
+    def _pass(self, number: int, going: Sequence[int]) -> dict[int, Passed]:
         """One pass; heads that are not going may be taken along."""
-        # Heads that have stopped still cost time in each step, and compiling one without them does too.
-        if not self._stepped or len(going) <= len(self._stepped) / 2:
-            self._step_these(going)
         config = self._config
         order = np.random.default_rng([config.seed, number]).permutation(self._train)
         replicas = self._strategy.num_replicas_in_sync
@@ -119,17 +152,7 @@ class MiniBatches(Passes):
             losses.append(self._steps(first + start, rows_SRB, self._weigh(rows_SRB, weights_SRB)))
         losses_SH = np.concatenate([portion.numpy() for portion in losses])  # waits only now
         loss_H = np.average(losses_SH, axis=0, weights=[weights_RB.sum() for _, weights_RB in batches])
-        return {head: Passed(loss) for head, loss in zip(self._stepped, loss_H.tolist(), strict=True)}
-
-    def _step_these(self, heads: Sequence[int]) -> None:
-        self._stepped = list(heads)
-        learners = [self._learners[head] for head in heads]
-        config = self._config
-        self._steps = compile_steps(self._strategy, learners, self._held, config.label_smoothing, config.seed)
-
-    def facts(self) -> dict[str, Any]:
-        """Which heads are stepped: dropout's numbers hang on the widest of them."""
-        return {"stepped": self._stepped}
+        return {head: Passed(loss) for head, loss in zip(self._together, loss_H.tolist(), strict=True)}
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The optimizers' variables."""
@@ -139,43 +162,30 @@ class MiniBatches(Passes):
             for place, variable in enumerate(learner.optimizer_of_steps.variables)
         }
 
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
-        """As `tensors` gave them."""
+    def _restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         for head, learner in enumerate(self._learners):
             for place, variable in enumerate(learner.optimizer_of_steps.variables):
                 variable.assign(tensors[f"{head}.optimizer.{place}"])
-        self._step_these(facts["stepped"])
 
 
 class FullBatch(Passes):
     """An L-BFGS iteration over all rows; the line searches of all heads share their passes."""
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        learners: Sequence[Learner],
-        held: Any,
-        train: NDArray[np.int64],
-        weights_N: NDArray[np.float32],
-        config: TrainingConfig,
-        weigh: Weigh,
-    ) -> None:
-        self._strategy, self._learners, self._held, self._config = strategy, learners, held, config
-        replicas = strategy.num_replicas_in_sync
-        batches = global_batches(train, weights_N, ROWS_AT_ONCE * replicas, replicas)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        replicas = self._strategy.num_replicas_in_sync
+        batches = global_batches(self._train, self._weights_N, ROWS_AT_ONCE * replicas, replicas)
         self._rows_SRB, weights_SRB = _stacked(list(batches))
-        self._weights_SHRB = weigh(self._rows_SRB, weights_SRB)
-        self._agreed = agreement(strategy)
+        self._weights_SHRB = self._weigh(self._rows_SRB, weights_SRB)
+        self._agreed = agreement(self._strategy)
         self._descents = [
-            Lbfgs(_flat(learner.network.trainable_variables), learner.lbfgs.history) for learner in learners
+            Lbfgs(_flat(learner.network.trainable_variables), learner.lbfgs.history)
+            for learner in self._learners
         ]
-        self._together: list[int] = []
 
-    def epoch(self, number: int, going: Sequence[int]) -> dict[int, Passed]:
+    def _pass(self, number: int, going: Sequence[int]) -> dict[int, Passed]:
         """One iteration of each that is going."""
         del number
-        if not self._together or len(going) <= len(self._together) / 2:
-            self._take_together(going)
         waiting = set(going)
         while True:
             asked = self._agreed_points({head: self._descents[head].asked for head in self._together})
@@ -199,11 +209,11 @@ class FullBatch(Passes):
             passed[head] = Passed(loss - self._penalty(head, at_P)[0], has_converged)
         return passed
 
-    def _take_together(self, heads: Sequence[int]) -> None:
-        self._together = list(heads)
-        learners = [self._learners[head] for head in heads]
-        own = self._weights_SHRB if self._weights_SHRB.shape[1] == 1 else self._weights_SHRB[:, heads]
-        self._weight_H = np.broadcast_to(own.sum(axis=(0, 2, 3), dtype=np.float64), len(heads))
+    def _compile(self, learners: Sequence[Learner]) -> None:
+        own = (
+            self._weights_SHRB if self._weights_SHRB.shape[1] == 1 else self._weights_SHRB[:, self._together]
+        )
+        self._weight_H = np.broadcast_to(own.sum(axis=(0, 2, 3), dtype=np.float64), len(learners))
         self._gradients = compile_gradients(
             self._strategy, learners, self._held, self._rows_SRB, own, self._config.label_smoothing
         )
@@ -243,10 +253,6 @@ class FullBatch(Passes):
         ends = np.cumsum([len(point) for point in points.values()])
         return dict(zip(points, np.split(together, ends[:-1]), strict=True))
 
-    def facts(self) -> dict[str, Any]:
-        """Which heads are computed together, which decides no number, but is the same again."""
-        return {"together": self._together}
-
     def tensors(self) -> dict[str, NDArray[Any]]:
         """All that the descents remember."""
         return {
@@ -255,8 +261,7 @@ class FullBatch(Passes):
             for name, tensor in descent.tensors().items()
         }
 
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
-        """As `tensors` gave them."""
+    def _restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         for head, descent in enumerate(self._descents):
             prefix = f"{head}.lbfgs."
             own = {
@@ -265,7 +270,6 @@ class FullBatch(Passes):
                 if name.startswith(prefix)
             }
             descent.restore(own)
-        self._take_together(facts["together"])
 
 
 def global_batches(

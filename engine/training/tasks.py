@@ -17,7 +17,7 @@ from engine.heads.confidence import Calibration, sigmoid, softmax
 from engine.training.judgement import JUDGED, JudgedRows, judge
 from engine.training.kinds import CalibrationConfig, Task
 from engine.training.labels import encode_classes, encode_label_sets, label_set
-from engine.training.multi_label import JudgedLabelSets, find_suspect_label_sets, judge_label_sets
+from engine.training.multi_label import find_suspect_label_sets, judge_label_sets
 from engine.training.suspects import find_suspects
 
 
@@ -68,7 +68,6 @@ class Targets(ABC):
     def rows_per_class(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Of some of the rows."""
 
-    @abstractmethod
     def judge(
         self,
         logits: Mapping[str, NDArray[np.float32]],
@@ -77,6 +76,15 @@ class Targets(ABC):
         config: CalibrationConfig,
     ) -> Verdict:
         """What a head is worth, by its logits on the rows of validation and test."""
+        splits = {
+            name: JudgedRows(logits[name], self.array[rows_of[name]], *_named(names, rows_of[name]))
+            for name in JUDGED
+        }
+        return self._verdict(splits, config)
+
+    @abstractmethod
+    def _verdict(self, splits: Mapping[str, JudgedRows], config: CalibrationConfig) -> Verdict:
+        """The same, of both splits."""
 
     @abstractmethod
     def suspects(
@@ -111,17 +119,7 @@ class _Classes(Targets):
         counts_K = np.bincount(self.array[rows], minlength=len(self.names))
         return dict(zip(self.names, counts_K.tolist(), strict=True))
 
-    def judge(
-        self,
-        logits: Mapping[str, NDArray[np.float32]],
-        rows_of: Mapping[str, NDArray[np.int64]],
-        names: RowNames,
-        config: CalibrationConfig,
-    ) -> Verdict:
-        splits = {
-            name: JudgedRows(logits[name], self.array[rows_of[name]], *_named(names, rows_of[name]))
-            for name in JUDGED
-        }
+    def _verdict(self, splits: Mapping[str, JudgedRows], config: CalibrationConfig) -> Verdict:
         judgement = judge(splits, self.names, config)
         return Verdict(judgement.calibration, (), judgement.metrics)
 
@@ -147,17 +145,7 @@ class _LabelSets(Targets):
     def rows_per_class(self, rows: NDArray[np.int64]) -> dict[str, int]:
         return dict(zip(self.names, self.array[rows].sum(axis=0).tolist(), strict=True))
 
-    def judge(
-        self,
-        logits: Mapping[str, NDArray[np.float32]],
-        rows_of: Mapping[str, NDArray[np.int64]],
-        names: RowNames,
-        config: CalibrationConfig,
-    ) -> Verdict:
-        splits = {
-            name: JudgedLabelSets(logits[name], self.array[rows_of[name]], *_named(names, rows_of[name]))
-            for name in JUDGED
-        }
+    def _verdict(self, splits: Mapping[str, JudgedRows], config: CalibrationConfig) -> Verdict:
         return Verdict(*judge_label_sets(splits, self.names, config))
 
     def suspects(

@@ -155,7 +155,7 @@ def test_a_judgement_calibrates_on_validation_and_is_honest_about_test() -> None
     for row in mistakes:
         rows = splits[row["split"]]
         place = list(rows.keys).index(row["key"])
-        assert row["label"] == NAMES[rows.classes_N[place]] != row["answer"]
+        assert row["label"] == NAMES[rows.targets_N[place]] != row["answer"]
         assert row["answer"] == NAMES[rows.logits_NK[place].argmax()]
 
 

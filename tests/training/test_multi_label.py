@@ -19,10 +19,10 @@ from engine.predictor import Predictor
 from engine.schema import predictions_schema
 from engine.storage import StorageConfig, open_store
 from engine.training.fit import fit_head
+from engine.training.judgement import JudgedRows
 from engine.training.kinds import CalibrationConfig, FitSettings, LabelsConfig
 from engine.training.labels import encode_label_sets, join_labels, label_set
 from engine.training.multi_label import (
-    JudgedLabelSets,
     average_precision,
     binary_cross_entropy,
     choose_thresholds,
@@ -139,7 +139,7 @@ def test_a_judgement_calibrates_on_validation() -> None:
     logits_NK = (4 * (3 * embeddings_ND[:, :3] + [-1.0, 0.0, 1.0])).astype(np.float32)  # four times too sure
     keys = [str(row) for row in range(4_000)]
     half = {
-        name: JudgedLabelSets(logits_NK[part], given_NK[part], keys[part], keys[part])
+        name: JudgedRows(logits_NK[part], given_NK[part], keys[part], keys[part])
         for name, part in (("validation", slice(0, 2_000)), ("test", slice(2_000, None)))
     }
     calibration, thresholds, metrics = judge_label_sets(half, NAMES, CalibrationConfig())
