@@ -426,12 +426,16 @@ def _ray_errors_translated() -> Iterator[None]:
     """A lost worker, or an exception that is not ours, in one message; what was committed until then stays."""
     try:
         yield
-    except (RayError, RuntimeError) as error:  # Ray Train's own errors are RuntimeErrors
-        raise ClusterError(
-            "a worker was lost, or broke on something unforeseen",
-            found=str(error)[-2000:],
-            way_out="run the same command again: it makes only what is missing; `ray logs` on the cluster says more",
-        ) from None
+    except (RayError, RuntimeError) as error:
+        raise _lost(error) from None
+
+
+def _lost(error: Exception) -> ClusterError:
+    return ClusterError(
+        "a worker was lost, or broke on something unforeseen",
+        found=str(error)[-2000:],
+        way_out="run the same command again: it makes only what is missing; `ray logs` on the cluster says more",
+    )
 
 
 # ---------------------------------------------------------------- Ray Train
@@ -460,7 +464,7 @@ def run_training(
     """
     # Not Ray's TensorflowTrainer: it imports TensorFlow here and in the controller (6 s each), and switches the
     # workers to Keras 2 (TF_USE_LEGACY_KERAS; Ray 2.60).
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.backend import Backend, BackendConfig
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -532,10 +536,10 @@ def run_training(
         try:
             with _again_and_again(hand_on_reports):
                 answer, failure = trainer.fit().return_value
-        except (RayError, RuntimeError):
+        except TrainingFailedError as error:  # neither a RayError nor a RuntimeError
             failure = ray.get(mail.failure.remote())
             if failure is None:
-                raise
+                raise _lost(error) from None
         hand_on_reports()
     if failure is not None:
         raise pickle.loads(failure)

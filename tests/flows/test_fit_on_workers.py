@@ -193,6 +193,8 @@ def test_an_error_of_one_worker_is_told_and_not_tried_again(cluster: Cluster, tm
         rank = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
         (tried / f"{rank}-{time.monotonic_ns()}").touch()
         if rank == 1:
+            while len(list(tried.iterdir())) < 2:  # the other one has begun
+                time.sleep(0.05)
             raise TableDamaged("part 7: torn", way_out="delete it")
         time.sleep(60)  # as if it waited for the others' gradients
         return None
@@ -221,6 +223,23 @@ def test_a_fault_of_the_code_is_told_with_its_place_and_not_tried_again(
         run_training(body, lambda report: None, 1, WorkerShare(1.0, 0.0))
     assert "in body" in str(raised.value) and "TypeError: can only concatenate str" in str(raised.value)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_workers_that_die_time_and_again_end_in_one_message(cluster: Cluster) -> None:
+    from engine.errors import ClusterError
+    from engine.on_ray import ray_session, run_training
+    from engine.sizing import WorkerShare
+
+    def body(report: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        del report
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    with (
+        ray_session(cluster.address, local_cpus=1),
+        pytest.raises(ClusterError, match=r"(?s)a worker was lost.*run the same command again"),
+    ):
+        run_training(body, lambda report: None, 1, WorkerShare(1.0, 0.0))
 
 
 def test_a_killed_driver_is_taken_up_by_the_same_command(
