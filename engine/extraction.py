@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -658,7 +658,9 @@ def _samples_schema(job: ExtractJob) -> pa.Schema:
 class PartEmbedder:
     """Actor body: pixels of a part -> embeddings of a part; rows the network cannot answer become rejects.
 
-    May be called from several threads: one part is computed at a time, so that its seconds are its own.
+    May be called from several threads. A processor computes one part at a time. A GPU is given the next part's batches
+    while it is busy with the last of one: a part at a time, ResNet50 in float32 ran at 1,873 images/s on an H100 that
+    does 2,885 (parts of 250 images, 2026-11-23).
 
     Args:
         setup: waited for; whatever can be imported before it comes is.
@@ -673,22 +675,56 @@ class PartEmbedder:
         settled: Setup = setup.get()
         self._job, self._fingerprint = job, settled.fingerprint
         self._embedder = settled.open_embedder(job.embed_threads, job.use_gpu)
-        self._one_at_a_time = threading.Lock()
+        self._at_once = contextlib.nullcontext() if job.use_gpu else threading.Lock()
+        self._clock = _BusyClock(time.perf_counter if job.use_gpu else time.process_time)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         part = Part.from_row(row)
         if part.header.damage is not None:
             return row
         assert part.array is not None and part.samples is not None and part.rejects is not None
-        clock = time.perf_counter if self._job.use_gpu else time.process_time
-        with self._one_at_a_time:
-            started = clock()
-            embeddings_ND = self._embedder.embed(part.array)
-            seconds = clock() - started
+        with self._at_once:
+            self._clock.begin()
+            try:
+                embeddings_ND = self._embedder.embed(part.array)
+            finally:
+                seconds = self._clock.end()
         header = replace(part.header, embed_s=seconds, fingerprint=self._fingerprint)
         with np.errstate(over="ignore"):  # beyond float16's range: becomes infinite, and so a reject
             embeddings_ND = embeddings_ND.astype(self._job.dtype, copy=False)
         return _without_unusable(Part(header, part.samples, part.rejects, embeddings_ND)).to_row()
+
+
+class _BusyClock:
+    """Seconds in which at least one of several overlapping pieces of work was under way, each counted once.
+
+    Args:
+        now: the clock.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now, self._lock = now, threading.Lock()
+        self._under_way, self._since, self._untold = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        """A piece begins."""
+        with self._lock:
+            self._count()
+            self._under_way += 1
+
+    def end(self) -> float:
+        """A piece ends: the busy seconds since one ended last, so that all answers add up to the busy time."""
+        with self._lock:
+            self._count()
+            self._under_way -= 1
+            seconds, self._untold = self._untold, 0.0
+            return seconds
+
+    def _count(self) -> None:
+        now = self._now()
+        if self._under_way:
+            self._untold += now - self._since
+        self._since = now
 
 
 def _without_unusable(part: Part) -> Part:

@@ -54,7 +54,7 @@ from engine.worklist import WorkList
 TARGET_BLOCK_BYTES = 1 << 20
 # Ray 2.57 lowered the default from 10 to 2, which starves actors that start slowly.
 DOWNSTREAM_CAPACITY_RATIO = 10.0
-# One part is computed on while the other is unpacked, or its answer is put away: Ray Data lets them take turns.
+# One part is computed on while the other is unpacked, or its answer is put away; a GPU goes on with it at once.
 PARTS_IN_FLIGHT_PER_ACTOR = 2
 # Stages take turns in being idle. Ray's default of one second ended their processes meanwhile, and 8,000 images took
 # 7 s longer for starting others (two cores, 2026-11-22).
@@ -158,6 +158,10 @@ def _quieten() -> None:
     warnings.filterwarnings(
         "ignore", message="The maximum number of concurrent tasks for", category=UserWarning
     )
+    # An actor computes on its GPU and unpacks on its core: both are meant.
+    logging.getLogger("ray.data._internal.execution.operators.map_operator").addFilter(
+        lambda record: "both num_cpus and num_gpus" not in record.getMessage()
+    )
     # "Progress bars disabled", at every run. A filter, because Ray Data sets levels again when it starts.
     logging.getLogger("ray.data._internal.progress").addFilter(lambda _record: False)
 
@@ -248,7 +252,7 @@ def run_extract(
             initial_size=sizing.start_actors,
             max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
             max_concurrent_calls_per_actor=PARTS_IN_FLIGHT_PER_ACTOR,
-            enable_true_multi_threading=not sizing.writers,
+            enable_true_multi_threading=True,
         ),
         num_cpus=sizing.actor_cpus,
         num_gpus=sizing.actor_gpus or None,

@@ -39,7 +39,7 @@ def _set_environment() -> None:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray's sockets on loopback
         "RAY_USAGE_STATS_ENABLED": "0",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("ENGINE_TEST_GPUS", ""),  # most tests are about processors
         "KERAS_HOME": os.path.join(_CACHES, "keras"),
         "XDG_CACHE_HOME": os.path.join(_CACHES, "xdg"),
         "MPLCONFIGDIR": os.path.join(_CACHES, "matplotlib"),

@@ -6,6 +6,8 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from engine.extraction import (
     PartHeader,
     Receipt,
     Setup,
+    _BusyClock,
     _decode_pool,
     _without_unusable,
     decode_part,
@@ -301,6 +304,52 @@ def test_an_actor_that_computes_other_numbers_stops_and_one_that_agrees_works(jo
     assert answer.header.fingerprint == found.fingerprint
     with pytest.raises(CanaryMismatch, match="cosines to the resolved canary: -1.0"):
         PartEmbedder(job, Ready(replace(setup, canary=tuple(tuple(-n for n in row) for row in found.canary))))
+
+
+@pytest.mark.parametrize(("use_gpu", "at_once"), [(False, 1), (True, 2)])
+def test_a_gpu_is_given_two_parts_at_once_and_a_processor_one(
+    job: ExtractJob, monkeypatch: pytest.MonkeyPatch, use_gpu: bool, at_once: int
+) -> None:
+    found = resolve(Network(job.backbone, job.runtime, job.storage), Archive(job.source, job.limits, ()))
+    actor = PartEmbedder(
+        replace(job, use_gpu=use_gpu),
+        Ready(Setup(found.graph, found.runtime, found.fingerprint, found.canary)),
+    )
+    parts = [part.to_row() for part in parts_of(job, put_shard(job, shard_bytes(0, 3)))] * 2
+    meeting, met = threading.Barrier(2), []
+    embed = actor._embedder.embed
+
+    def embed_where_others_may_come(pixels_NSS3: np.ndarray) -> np.ndarray:
+        try:
+            meeting.wait(20 if use_gpu else 0.2)
+            met.append(2)
+        except threading.BrokenBarrierError:
+            met.append(1)
+        return embed(pixels_NSS3)
+
+    monkeypatch.setattr(actor._embedder, "embed", embed_where_others_may_come)
+    with ThreadPoolExecutor(2) as pool:
+        answers = [Part.from_row(row) for row in pool.map(actor, parts)]
+    assert set(met) == {at_once}
+    first, second = (answer.array for answer in answers)
+    assert first is not None and second is not None
+    np.testing.assert_array_equal(first, second)
+
+
+def test_busy_seconds_that_overlap_are_counted_once() -> None:
+    now = [0.0]
+    clock = _BusyClock(lambda: now[0])
+
+    def at(time: float, call: Callable[[], float | None]) -> float | None:
+        now[0] = time
+        return call()
+
+    at(1.0, clock.begin)
+    at(3.0, clock.begin)
+    assert at(4.0, clock.end) == 3.0  # 1 to 4, of both
+    assert at(6.0, clock.end) == 2.0
+    at(10.0, clock.begin)  # nothing was under way from 6 to 10
+    assert at(10.5, clock.end) == 0.5
 
 
 @dataclass(frozen=True)

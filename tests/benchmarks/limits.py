@@ -28,6 +28,7 @@ from tests.benchmarks.archive import build_network, preprocess_input, read_shard
 from tests.benchmarks.rivals import (
     MAX_PIXELS,
     arguments,
+    hide_gpus,
     in_groups,
     open_embedder,
     runtime_of,
@@ -36,7 +37,8 @@ from tests.benchmarks.rivals import (
 )
 
 BATCHES = (8, 16, 32, 64, 128, 256)
-STREAMS = (1, 2, 4)
+BATCHES_GPU = (256, 1024)  # what the engine hands to its runtime at once; it cuts them into its own
+STREAMS = sorted({1, 2, 4, os.cpu_count() or 1})
 BATCHES_PER_STREAM = 2  # in one round, so that streams do not wait for each other after every batch
 SLOWEST_ROUND_S = (
     4.0  # a setting of which one round is expected to take longer is left out: ResNet50 on two cores
@@ -47,17 +49,18 @@ DECODE_GROUP = 16  # images per task of a thread, so that the pool itself costs 
 Rates = dict[str, float]
 
 
-def limit(forward: float, decode: float) -> float:
-    """Images per second where each image takes both, on the same cores."""
-    return 1.0 / (1.0 / forward + 1.0 / decode)
+def limit(forward: float, decode: float, on_gpu: bool) -> float:
+    """Images per second where each image takes both: on the same cores, or beside each other where one is on a GPU."""
+    return min(forward, decode) if on_gpu else 1.0 / (1.0 / forward + 1.0 / decode)
 
 
 def forward_only(options: argparse.Namespace) -> Rates:
     """Images/s by setting: the engine's runtime, called by 1, 2 or 4 threads; OpenVINO's own queue beside it."""
     # OpenVINO's shapes are fixed: there the engine's own batch size cuts whatever it is given.
-    batch_size = {} if options.runtime == "openvino" else {"batch_size": max(options.batches)}
+    # On a GPU the engine's batches have one size, too, and several are on their way at once.
+    batch_size = {} if options.runtime == "openvino" or options.gpu else {"batch_size": max(options.batches)}
     runtime = {**runtime_of(options), **batch_size}
-    embed = open_embedder(options.network, options.side, options.weights, runtime)
+    embed = open_embedder(options.network, options.side, options.weights, runtime, options.gpu)
     rates = _grid("engine", lambda batch, streams: _called_by_threads(embed, streams), options)
     if options.runtime == "openvino":
         rates |= _openvino(options)
@@ -165,8 +168,10 @@ def main() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     parser = arguments()
     parser.add_argument("--seconds", type=float, default=2.0, help="for each setting")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="sizes to try")
+    parser.add_argument("--batches", type=int, nargs="+", help="sizes to try")
     options = parser.parse_args()
+    options.batches = options.batches or (BATCHES_GPU if options.gpu else BATCHES)
+    hide_gpus(options)
     try:
         rates = KINDS[options.kind](options)
     except runtime_refusals() as error:

@@ -42,6 +42,7 @@ def ray_documentation(options: argparse.Namespace) -> int:
     from PIL import Image
 
     side, name, weights = options.side, options.network, str(options.weights)
+    gpus = {"num_gpus": 1} if options.gpu else {}
 
     def prepare(row: dict[str, Any]) -> dict[str, Any]:
         image = Image.fromarray(row["jpg"]).resize((side, side))
@@ -59,7 +60,7 @@ def ray_documentation(options: argparse.Namespace) -> int:
 
     dataset = ray.data.read_webdataset([str(path) for path in shards(options.archive)])
     dataset = dataset.map(prepare)
-    dataset = dataset.map_batches(Embed, batch_size=BATCH, compute=ray.data.ActorPoolStrategy(size=1))
+    dataset = dataset.map_batches(Embed, batch_size=BATCH, compute=ray.data.ActorPoolStrategy(size=1), **gpus)
     dataset.write_parquet(str(options.out))
     return rows_written(options.out)
 
@@ -152,7 +153,7 @@ def same_parts(options: argparse.Namespace) -> int:
     """One process with the engine's decoder and the engine's runtime: threads decode while another part is embedded."""
     from engine.images import decode_image
 
-    embed = open_embedder(options.network, options.side, options.weights, runtime_of(options))
+    embed = open_embedder(options.network, options.side, options.weights, runtime_of(options), options.gpu)
     samples = (sample for path in shards(options.archive) for sample in read_shard(path))
     parts = in_groups(samples, BATCH * BATCHES_PER_PART)
     with ThreadPoolExecutor(os.cpu_count()) as pool, EmbeddingFile(options.out) as file:
@@ -178,9 +179,9 @@ KINDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def open_embedder(
-    network: str, side_px: int, weights: Path, runtime: dict[str, Any]
+    network: str, side_px: int, weights: Path, runtime: dict[str, Any], on_gpu: bool
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The engine's own forward pass over all cores: uint8 (B, S, S, 3) -> float32 (B, D), for any B.
+    """The engine's own forward pass over all cores, or on the GPU: uint8 (B, S, S, 3) -> float32 (B, D), for any B.
 
     Args:
         runtime: the recipe's block of that name.
@@ -194,12 +195,12 @@ def open_embedder(
     from engine.runtimes.kinds import RuntimeConfig, freeze_network, open_runtime, prepare_to_freeze
     from engine.storage import StorageConfig
 
-    prepare_to_freeze(os.cpu_count(), use_gpu=False)  # as in the engine, before TensorFlow computes anything
+    prepare_to_freeze(os.cpu_count(), use_gpu=on_gpu)  # as in the engine, before TensorFlow computes anything
     config = TypeAdapter(RuntimeConfig).validate_python(runtime)
     backbone = KerasApplicationConfig(name=network, weights=str(weights), input_size=side_px)
     built = build_backbone(backbone, StorageConfig())
     graph = freeze_network(built.network, built.scaling, built.input_size)
-    return open_runtime(config, graph, os.cpu_count()).run
+    return open_runtime(config, graph, os.cpu_count(), on_gpu).run
 
 
 def runtime_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -301,7 +302,14 @@ def arguments() -> argparse.ArgumentParser:
         "--runtime", default="tensorflow", help="kind of the engine's runtime, where it is used"
     )
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--gpu", action="store_true", help="run the network on the GPU")
     return parser
+
+
+def hide_gpus(options: argparse.Namespace) -> None:
+    """Where the processor is to be measured TensorFlow must not find one; before it is imported."""
+    if not options.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
 def main() -> None:
@@ -310,6 +318,7 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("out", type=Path, help="folder for the Parquet files")
     options = parser.parse_args()
+    hide_gpus(options)
     try:
         images = KINDS[options.kind](options)
     except runtime_refusals() as error:

@@ -1,6 +1,6 @@
 """How fast the engine is beside what one could write by hand, and beside what the machine can do at most.
 
-    python -m tests.benchmarks.throughput [--network MobileNetV2] [--sizes 8000 24000] [--rounds 1] [--quick]
+    python -m tests.benchmarks.throughput [--network MobileNetV2] [--sizes 8000 24000] [--rounds 1] [--quick] [--gpu]
     python -m tests.benchmarks.throughput --render tests/benchmarks/results/2026-11-23.json
 
 Contenders take turns, each a process of its own with a fresh output folder, first all with the smaller archive, then
@@ -44,6 +44,10 @@ RUNTIMES = {
     "openvino float32": {"kind": "openvino", "precision": "float32"},
     "openvino bfloat16": {"kind": "openvino", "precision": "bfloat16"},
 }
+GPU_RUNTIMES = {
+    f"tensorflow {precision}": {"kind": "tensorflow", "precision": precision}
+    for precision in ("float32", "tf32", "bfloat16", "float16")
+}
 HAND_WRITTEN = ("ray_documentation", "tfdata_predict", "tfdata_folded")
 # They get a quarter of the images, or would take half of the time.
 SLOW = ("ray_documentation", "tfdata_predict")
@@ -66,6 +70,8 @@ class Network:
     side_px: int
     sizes: tuple[int, int]
     rounds: int
+    on_gpu: bool = False
+    """Where it is computed; images are decoded by the processor's cores all the same."""
 
     def sizes_of(self, contender: str) -> tuple[int, int]:
         """Images in its two archives."""
@@ -160,7 +166,7 @@ def measure(network: Network, folder: Path, only: list[str], quick: bool) -> dic
     limits: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
     for number in range(network.rounds):
-        for name, found in _limits(network, archives[network.sizes[0]], weights, quick):
+        for name, found in _limits(network, archives[network.sizes[0]], weights, quick, set(contenders)):
             if isinstance(found, str):
                 failed[name] = found
             else:
@@ -175,8 +181,9 @@ def measure(network: Network, folder: Path, only: list[str], quick: bool) -> dic
         "side_px": network.side_px,
         "sizes": network.sizes,
         "rounds": network.rounds,
+        "on_gpu": network.on_gpu,
         "contenders": {name: _summary(contender) for name, contender in contenders.items()},
-        "limits": {**_best_limits(limits), "failed": failed},
+        "limits": {**_best_limits(limits, network.on_gpu), "failed": failed},
     }
 
 
@@ -200,6 +207,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": facts.get("model name", platform.machine()),
         "cores": os.cpu_count(),
+        "gpus": _gpus(),
         "flags": [flag for flag in SHOWN_FLAGS if flag in flags],
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_before": os.getloadavg()[0],
@@ -208,16 +216,26 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def _gpus() -> list[str]:
+    """Their names, as the driver has them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
 def _contenders(network: Network, weights: Path) -> Iterator[tuple[str, Callable[[Path, Path], list[str]]]]:
     for kind in HAND_WRITTEN:
         yield kind, functools.partial(_rival, network, weights, kind, RUNTIMES["tensorflow float32"])
-    for name, runtime in _runtimes().items():
+    for name, runtime in _runtimes(network).items():
         yield f"same_parts {name}", functools.partial(_rival, network, weights, "same_parts", runtime)
         yield f"engine {name}", functools.partial(_engine, network, weights, runtime)
 
 
-def _runtimes() -> dict[str, dict[str, str]]:
-    """Those that this processor computes as they are called: without instructions for it bfloat16 would be float32."""
+def _runtimes(network: Network) -> dict[str, dict[str, str]]:
+    """Those that this machine computes as they are called: without instructions for it bfloat16 would be float32."""
+    if network.on_gpu:
+        return GPU_RUNTIMES
     has_bfloat16 = bool({"avx512_bf16", "amx_bf16"} & set(machine_facts()["flags"]))
     return {
         name: found for name, found in RUNTIMES.items() if has_bfloat16 or found["precision"] != "bfloat16"
@@ -234,7 +252,8 @@ def _rival(
 def _engine(network: Network, weights: Path, runtime: dict[str, str], archive: Path, out: Path) -> list[str]:
     """As a user runs it; the recipe, which is JSON and so YAML too, lies beside the table."""
     recipe = {
-        "source": {"kind": "webdataset", "uri": str(archive)},
+        # With classes reduced precision is judged by them: without, telling 500 images apart is left to random weights.
+        "source": {"kind": "webdataset", "uri": str(archive), "label": "cls"},
         "backbone": {
             "kind": "keras_application",
             "name": network.name,
@@ -242,6 +261,7 @@ def _engine(network: Network, weights: Path, runtime: dict[str, str], archive: P
             "input_size": network.side_px,
         },
         "runtime": runtime,
+        "compute": {"gpus_per_actor": 1 if network.on_gpu else 0},
         "output": {"uri": str(out)},
     }
     path = out.with_suffix(".yaml")
@@ -250,12 +270,17 @@ def _engine(network: Network, weights: Path, runtime: dict[str, str], archive: P
 
 
 def _limits(
-    network: Network, archive: Path, weights: Path, quick: bool
+    network: Network, archive: Path, weights: Path, quick: bool, contenders: set[str]
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """("decode" or a runtime, what `limits.py` says, or how it failed); runtimes that are refused are left out."""
     program = [sys.executable, "-m", "tests.benchmarks.limits"]
     effort = ["--seconds", str(QUICK_LIMIT_S), "--batches", "8"] if quick else ["--seconds", str(LIMIT_S)]
-    for name, runtime in {"decode": RUNTIMES["tensorflow float32"], **_runtimes()}.items():
+    wanted = {
+        name: runtime
+        for name, runtime in _runtimes(network).items()
+        if contenders & {f"same_parts {name}", f"engine {name}"}
+    }
+    for name, runtime in {"decode": RUNTIMES["tensorflow float32"], **wanted}.items():
         kind = "decode" if name == "decode" else "forward"
         _say(f"{network.name}: limit, {kind} {name}")
         try:
@@ -270,7 +295,8 @@ def _limits(
 
 def _network_arguments(network: Network, weights: Path, runtime: dict[str, str]) -> list[str]:
     which = ["--network", network.name, "--side", str(network.side_px), "--weights", str(weights)]
-    return [*which, "--runtime", runtime["kind"], "--precision", runtime["precision"]]
+    gpu = ["--gpu"] if network.on_gpu else []
+    return [*which, "--runtime", runtime["kind"], "--precision", runtime["precision"], *gpu]
 
 
 def _measure_once(contender: Measured, archive: Path, size: int, folder: Path) -> None:
@@ -319,10 +345,17 @@ def _run(command: list[str], folder: Path) -> tuple[str, Run]:
         seconds = time.monotonic() - started
         said = (folder / "stderr").read_text()
         if code == REFUSED:
-            raise ProgramRefused(said.splitlines()[-1].strip() if said.strip() else "no reason given")
+            raise ProgramRefused(_reason(said))
         if code != 0:
             raise ProgramFailed(f"{' '.join(command)} ended with exit code {code}:\n{said[-3000:]}")
         return (folder / "stdout").read_text(), Run(round(seconds, 2), peak.sum_bytes, peak.largest_bytes)
+
+
+def _reason(said: str) -> str:
+    """Of the engine, its error and what it found; of another program, its last line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith(("error:", "found:"))]
+    return " ".join(named or lines[-1:]) or "no reason given"
 
 
 def _summary(contender: Measured) -> dict[str, Any]:
@@ -347,14 +380,14 @@ def marginal_rate(seconds: dict[int, float]) -> float | None:
     return round((large - small) / (large_s - small_s), 2) if large_s > small_s else None
 
 
-def _best_limits(limits: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _best_limits(limits: dict[str, list[dict[str, Any]]], on_gpu: bool) -> dict[str, Any]:
     """The best of all rounds, and the limit of each runtime."""
     best = {
         name: max(found, key=lambda once: float(once["images_per_second"])) for name, found in limits.items()
     }
     decode = best.pop("decode", None)
     limits = {
-        name: round(limit(forward["images_per_second"], decode["images_per_second"]), 2)
+        name: round(limit(forward["images_per_second"], decode["images_per_second"], on_gpu), 2)
         for name, forward in best.items()
         if decode is not None
     }
@@ -386,9 +419,8 @@ def _chosen(options: argparse.Namespace) -> Iterator[Network]:
     for network in NETWORKS:
         if not options.network or network.name in options.network:
             sizes = tuple(options.sizes or (QUICK_SIZES if options.quick else network.sizes))
-            yield replace(
-                network, sizes=sizes, rounds=options.rounds or (1 if options.quick else network.rounds)
-            )
+            rounds = options.rounds or (1 if options.quick else network.rounds)
+            yield replace(network, sizes=sizes, rounds=rounds, on_gpu=options.gpu)
 
 
 def _result_path(folder: Path) -> Path:
@@ -417,6 +449,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=[], help="beginnings of names of contenders: engine same_parts"
     )
+    parser.add_argument("--gpu", action="store_true", help="run the networks on one GPU")
     parser.add_argument("--quick", action="store_true", help="see that it all runs; the figures mean nothing")
     parser.add_argument("--folder", type=Path, help="where archives and weights are kept; default: made anew")
     parser.add_argument(

@@ -23,6 +23,7 @@ from engine.runtimes.kinds import (
     TensorFlowRuntimeConfig,
     freeze_network,
     open_runtime,
+    prepare_to_freeze,
 )
 from engine.storage import StorageConfig
 
@@ -33,6 +34,13 @@ RUNTIMES: dict[str, ResolvedRuntime] = {
     "tensorflow-float16": TensorFlowRuntimeConfig(batch_size=4, precision="float16"),
     "openvino": OpenVINORuntimeConfig(kind="openvino", batch_size=4),
     "openvino-bfloat16": OpenVINORuntimeConfig(kind="openvino", batch_size=4, precision="bfloat16"),
+}
+# In a process of their own, on a machine with a GPU: ENGINE_TEST_GPUS=0 pytest THIS_FILE -k gpu
+ON_GPU: dict[str, ResolvedRuntime] = {
+    "gpu-float32": TensorFlowRuntimeConfig(batch_size=4),
+    "gpu-tf32": TensorFlowRuntimeConfig(batch_size=4, precision="tf32"),
+    "gpu-bfloat16": TensorFlowRuntimeConfig(batch_size=4, precision="bfloat16"),
+    "gpu-float16": TensorFlowRuntimeConfig(batch_size=4, precision="float16"),
 }
 # Of a reduced precision: that it is the same network. Whether it keeps 0.999 depends on where the processor rounds
 # (Eigen adds up in bfloat16 where oneDNN has no instructions for it): `engine.runtime_choice` measures it each time.
@@ -55,11 +63,14 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
     return build_backbone(BACKBONES[request.param], StorageConfig())
 
 
-@pytest.fixture(scope="module", params=list(RUNTIMES))
+@pytest.fixture(scope="module", params=[*RUNTIMES, *ON_GPU])
 def opened(request: pytest.FixtureRequest, backbone: Backbone) -> Opened:
-    config = RUNTIMES[request.param]
+    config = (RUNTIMES | ON_GPU)[request.param]
+    use_gpu = request.param in ON_GPU
+    if use_gpu and not prepare_to_freeze(None, use_gpu=True):
+        pytest.skip("this process sees no GPU")
     graph = freeze_network(backbone.network, backbone.scaling, SIDE)
-    return Opened(backbone, open_runtime(config, graph, num_threads=None), config.precision)
+    return Opened(backbone, open_runtime(config, graph, None, use_gpu), config.precision)
 
 
 @pytest.fixture(scope="module")
