@@ -128,6 +128,12 @@ class OverBudget(EngineError):
     exit_code = EXIT_JUDGED
 
 
+class NotBetter(EngineError):
+    """What was made is no better than what there is, which stays."""
+
+    exit_code = EXIT_JUDGED
+
+
 class Interrupted(EngineError):
     """Ctrl-C or SIGTERM; running again goes on where this run stopped."""
 

@@ -47,7 +47,15 @@ from engine.extraction import (
     read_parts,
     write_part,
 )
-from engine.sizing import READ_TASK_CPUS, WRITE_TASK_CPUS, WRITER_BYTES, Machines, Sizing, WorkerShare
+from engine.sizing import (
+    READ_TASK_CPUS,
+    SMALL_PART_BYTES,
+    WRITE_TASK_CPUS,
+    WRITER_BYTES,
+    Machines,
+    Sizing,
+    WorkerShare,
+)
 from engine.worklist import WorkList
 
 # A part must leave its task as soon as it is ready: at Ray's default of 128 MiB no part moved on for 25 s.
@@ -270,6 +278,37 @@ def run_extract(
         )
     for receipt in _column(dataset, "receipt"):
         yield Receipt.from_json(receipt)
+
+
+def run_read(job: ExtractJob, groups: Sequence[WorkList], readers: int) -> Iterator[pa.Table]:
+    """Read and decode shards on the cluster; parts come as they are ready, in any order, each as one row.
+
+    May be called within a training worker: what is read goes straight to its process.
+
+    Args:
+        groups: shards of one read task each.
+        readers: tasks at once.
+
+    Raises:
+        EngineError: as a reader raised it.
+    """
+    part = job.rows_per_part * job.backbone.input_size**2 * 3
+    _set_data_context(4.0 * (readers + 1) * max(part, SMALL_PART_BYTES))
+    dataset = ray.data.read_datasource(
+        _ShardSource(ray.put(job), groups, apart=False),
+        compute=TaskPoolStrategy(size=min(readers, len(groups))),
+        override_num_blocks=len(groups),
+        num_cpus=READ_TASK_CPUS,
+    )
+    batch: Any
+    with _ray_errors_translated():
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for place in range(batch.num_rows):
+                row = batch.slice(place, 1)
+                failure = row[_FAILURE][0].as_py()
+                if failure is not None:
+                    raise pickle.loads(failure)
+                yield row.drop_columns([_FAILURE])
 
 
 def run_parts(

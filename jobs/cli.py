@@ -64,7 +64,12 @@ class PoolingName(StrEnum):
     MAX = "max"
 
 
-RECIPE_CLASSES = {"extract": "ExtractRecipe", "fit": "FitRecipe", "score": "ScoreRecipe"}
+RECIPE_CLASSES = {
+    "extract": "ExtractRecipe",
+    "fit": "FitRecipe",
+    "finetune": "FinetuneRecipe",
+    "score": "ScoreRecipe",
+}
 
 
 @app.command()
@@ -110,6 +115,12 @@ def extract(  # noqa: PLR0913, PLR0917
 def fit(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
     """Fit a head on an embedding table and publish it as a bundle."""
     _run_job("fit", recipe, overrides, plan, as_json)
+
+
+@app.command()
+def finetune(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
+    """Train a backbone further with its head; publishes new weights and their bundle if that helped, else exit 3."""
+    _run_job("finetune", recipe, overrides, plan, as_json)
 
 
 @app.command()
@@ -202,6 +213,13 @@ def backbones(
         PoolingName, typer.Option(help="How a feature map becomes one vector.")
     ] = PoolingName.AVG,
     layer: Annotated[str | None, typer.Option(help="Cut at this layer.")] = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Also list its layers: index, name, kind, parameters; for `unfreeze` of a recipe.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the backbones, or show one: parameters, trainable and frozen, layers, width, scaling."""
@@ -211,7 +229,14 @@ def backbones(
     from engine.backbones.kinds import backbone_names, describe_backbone
 
     if name is not None:
-        _print_facts(describe_backbone(name, input_size, pooling.value, layer), as_json)
+        facts = describe_backbone(name, input_size, pooling.value, layer, layers)
+        rows = facts.pop("layer_table", None)
+        if rows is not None and as_json:
+            facts["layer_table"] = rows
+        elif rows is not None:
+            for row in rows:
+                print(f"{row['index']:>5}  {row['name']:<40} {row['kind']:<24} {row['parameters']:>12,}")
+        _print_facts(facts, as_json)
     elif as_json:
         print(json.dumps(backbone_names()))
     else:

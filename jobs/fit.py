@@ -108,7 +108,7 @@ def fit_on_worker(
 
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle_store = open_store(recipe.output.uri, recipe.storage)
-    with _warnings_of("engine.training") as notes:
+    with warnings_of("engine.training") as notes:
         summary = fit_head(
             table.read(columns),
             table.record,
@@ -133,17 +133,19 @@ def _wants_disk(choice: str, workers: int, size: int) -> bool:
 
 
 @contextmanager
-def _warnings_of(logger_name: str) -> Iterator[list[str]]:
-    """Collect the texts of a logger's warnings: a worker's log is not where the person looks."""
+def warnings_of(*logger_names: str) -> Iterator[list[str]]:
+    """Collect the texts of some loggers' warnings: a worker's log is not where the person looks."""
     texts: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger(logger_name)
-    logger.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in logger_names]
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield texts
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def plan(recipe: FitRecipe) -> dict[str, Any]:

@@ -61,6 +61,15 @@ def layers_by_name(network: Any) -> dict[str, Any]:
     return {_stable_name(layer.name, numbered[layer.name], first): layer for layer in network.layers}
 
 
+def own_layers(network: Any) -> dict[str, Any]:
+    """The network's layers by name, in its order, without the pooling that makes its last feature map an embedding."""
+    layers = layers_by_name(network)
+    last = next(reversed(layers))
+    if type(layers[last]).__name__ in ("GlobalAveragePooling2D", "GlobalMaxPooling2D"):
+        del layers[last]
+    return layers
+
+
 def _automatic_number(layer: Any) -> tuple[str, int] | None:
     """(`conv2d`, 12) for a Conv2D that Keras named conv2d_12, (`conv2d`, 0) for conv2d, None for a given name."""
     match = re.fullmatch(r"(.*?)(?:_(\d+))?", layer.name)

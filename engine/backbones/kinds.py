@@ -125,6 +125,18 @@ def build_backbone(config: BackboneConfig, storage: StorageConfig) -> Backbone:
     return efficientnet_lite0.build(config, storage)
 
 
+def built_without_weights(config: BackboneConfig) -> Any:
+    """The network of a recipe with other weights, which are not fetched: for counting its layers and parameters.
+
+    Raises:
+        RecipeError: no such network or layer, or a size the network refuses.
+    """
+    from engine.storage import StorageConfig
+
+    fields = config.model_dump() | {"weights": "random", "weights_sha256": None}
+    return build_backbone(type(config).model_validate(fields), StorageConfig()).network
+
+
 def backbone_names() -> list[str]:
     """Every name that `describe_backbone` knows: efficientnet_lite0, then the networks of keras.applications."""
     from engine.backbones.keras_application import network_names
@@ -133,7 +145,11 @@ def backbone_names() -> list[str]:
 
 
 def describe_backbone(
-    name: str, input_size: int = 224, pooling: Pooling = "avg", layer: str | None = None
+    name: str,
+    input_size: int = 224,
+    pooling: Pooling = "avg",
+    layer: str | None = None,
+    with_layers: bool = False,
 ) -> dict[str, Any]:
     """What one network is, without loading weights: parameters (total, trainable, frozen), layers, width, scaling.
 
@@ -142,6 +158,7 @@ def describe_backbone(
         input_size: side of the input, pixels.
         pooling: as in a recipe.
         layer: as in a recipe.
+        with_layers: add `layer_table`: index, name, kind and parameters of each.
 
     Raises:
         RecipeError: as `build_backbone`.
@@ -154,7 +171,10 @@ def describe_backbone(
         config = check_recipe(EfficientNetLite0Config, asked, origin=name)
     else:
         config = check_recipe(KerasApplicationConfig, asked | {"name": name}, origin=name)
-    return _description(name, build_backbone(config, StorageConfig()))
+    backbone = build_backbone(config, StorageConfig())
+    return _description(name, backbone) | (
+        {"layer_table": _layer_table(backbone.network)} if with_layers else {}
+    )
 
 
 def _description(name: str, backbone: Backbone) -> dict[str, Any]:
@@ -173,6 +193,15 @@ def _description(name: str, backbone: Backbone) -> dict[str, Any]:
         "pooling": backbone.config.pooling,
         "scaling": backbone.scaling.name,
     }
+
+
+def _layer_table(network: Any) -> list[dict[str, Any]]:
+    from engine.backbones.cut import own_layers
+
+    return [
+        {"index": place, "name": name, "kind": type(layer).__name__, "parameters": layer.count_params()}
+        for place, (name, layer) in enumerate(own_layers(network).items())
+    ]
 
 
 def unknown_name(thing: str, found: str, known: list[str]) -> RecipeError:

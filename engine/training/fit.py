@@ -31,15 +31,14 @@ from engine.strategies.kinds import open_strategy
 from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate, best_of, candidates, grid_report
 from engine.training.judgement import JUDGED
-from engine.training.kinds import SPLIT_NAMES, FitSettings, SplitConfig
-from engine.training.labels import LabelledRows, join_labels
+from engine.training.kinds import FitSettings
+from engine.training.labels import LabelledRows
 from engine.training.loop import Report, TrainingResult, TrainingRows, out_of_fold_logits, train_heads
+from engine.training.partition import partition
 from engine.training.rows import Rows, RowSource, empty_rows, fill_rows
 from engine.training.scaling import Scaling
-from engine.training.split import assign_splits
 from engine.training.step import hold_rows
 from engine.training.suspects import assign_folds
-from engine.training.tasks import RowNames, Targets, read_targets
 
 log = logging.getLogger(__name__)
 DIGESTED_ROWS = 1 << 20  # of a digest at most: on a disk a row's first numbers cost as much as all of them
@@ -92,16 +91,15 @@ def fit_head(
     """
     started = time.perf_counter()
     split = settings.split
-    labelled = _labelled(table, settings, storage)
-    groups = _groups(labelled, split)
-    splits_N = assign_splits(groups, labelled.values.get(split.column or ""), split)
-    _refuse_divided_groups(groups, splits_N, split)
-    targets = read_targets(settings.task, labelled.labels, splits_N == "train")
-    rows_of: dict[str, NDArray[np.int64]] = {
-        name: np.flatnonzero((splits_N == name) & targets.usable_N) for name in SPLIT_NAMES
-    }
-    _say_what_is_left_out(labelled, targets, rows_of, int((splits_N == "").sum()))
-
+    parted = partition(
+        table,
+        settings.task,
+        settings.labels,
+        split,
+        storage,
+        side=[one.column for one in settings.side_features],
+    )
+    labelled, splits_N, targets, rows_of = parted.labelled, parted.splits_N, parted.targets, parted.rows_of
     tried = candidates(settings)
     if len(tried) > 1 and not len(rows_of["validation"]):
         raise _nothing_to_choose_by(len(tried), settings)
@@ -132,7 +130,7 @@ def fit_head(
     trained = train_heads(tried, strategy, rows, settings.training, heard, held, checkpoints)
     best = best_of(trained, tried)
     head, network, training = tried[best].head, trained[best].network, trained[best].result
-    names = RowNames(labelled.keys, table["shard"].take(labelled.positions_N).to_pylist())
+    names = parted.names(table)
     suspects = None
     if settings.suspects.folds:
         everyone = np.flatnonzero(targets.usable_N & (splits_N != ""))
@@ -140,7 +138,7 @@ def fit_head(
             tried[best],
             strategy,
             replace(rows, train=everyone),
-            assign_folds(groups, settings.suspects.folds, split.seed),
+            assign_folds(parted.groups, settings.suspects.folds, split.seed),
             max(1, training.best_epoch),
             settings.training,
             held,
@@ -168,7 +166,8 @@ def fit_head(
         table_record=record,
         metrics={
             **verdict.metrics,
-            **_circumstances(labelled, targets, rows_of, training, strategy.num_replicas_in_sync),
+            **parted.facts(),
+            "training": _course(training, strategy.num_replicas_in_sync),
             "grid": grid_report(tried, trained, best),
         },
         recipe=settings.model_dump(mode="json"),
@@ -190,14 +189,6 @@ def fit_head(
         epochs=len(training.history),
         seconds=round(time.perf_counter() - started, 3),
     )
-
-
-def _labelled(table: pa.Table, settings: FitSettings, storage: StorageConfig) -> LabelledRows:
-    """The rows that have a label, with what splits and side features need of the label file."""
-    side = [one.column for one in settings.side_features if one.column not in table.column_names]
-    split = [name for name in (settings.split.column, settings.split.group) if name]
-    several = settings.task == "multi_label"
-    return join_labels(table, settings.labels, [*split, *side], storage, several, loose=side)
 
 
 def _side_features(
@@ -285,78 +276,12 @@ def _nothing_to_choose_by(count: int, settings: FitSettings) -> LabelError:
     )
 
 
-def _groups(labelled: LabelledRows, split: SplitConfig) -> Sequence[str]:
-    """What rows are held together by: the value of the group column, else the key."""
-    if split.group is None:
-        return labelled.keys
-    values = labelled.values[split.group]
-    return [
-        f"{split.group}\n{value}" if value else key for key, value in zip(labelled.keys, values, strict=True)
-    ]
-
-
-def _refuse_divided_groups(groups: Sequence[str], splits_N: NDArray[np.str_], split: SplitConfig) -> None:
-    """An explicit split may divide a group, which would let the head be judged by what it has seen."""
-    if split.group is None or split.column is None:
-        return
-    sides: dict[str, set[str]] = {}
-    for group, side in zip(groups, splits_N.tolist(), strict=True):
-        if side:
-            sides.setdefault(group, set()).add("test" if side == "test" else "train or validation")
-    divided = sorted(group.partition("\n")[2] or group for group, found in sides.items() if len(found) > 1)
-    if divided:
-        raise LabelError(
-            f"split.column {split.column}: {len(divided)} groups are on both sides of the test",
-            found=", ".join(divided[:5]) + (", ..." if len(divided) > 5 else ""),
-            wanted=f"all rows of one {split.group} on one side",
-            way_out="correct the column, or leave split.group out if that is meant",
-        )
-
-
-def _say_what_is_left_out(
-    labelled: LabelledRows, targets: Targets, rows_of: Mapping[str, NDArray[np.int64]], outside: int
-) -> None:
-    counts = labelled.counts
-    if counts.unlabelled:
-        log.warning("%d of %d rows have no label and are left out", counts.unlabelled, counts.rows_in_table)
-    if counts.unknown_keys:
-        log.warning("%d labels belong to no row of the table and are ignored", counts.unknown_keys)
-    if counts.conflicting_keys:
-        log.warning("%d keys have several labels; their rows are left out", counts.conflicting_keys)
-    if outside:
-        log.warning("%d labelled rows are outside of all slices of the split", outside)
-    for name, rows in targets.unseen.items():
-        log.warning(
-            "class %r has no training row and is left out, with the labels of its %d rows", name, rows
-        )
-    if not len(rows_of["validation"]):
-        log.warning("no validation rows: training runs all epochs and keeps the last weights")
-    if not len(rows_of["test"]):
-        log.warning("no test rows: the bundle's test metrics are null")
-
-
-def _circumstances(
-    labelled: LabelledRows,
-    targets: Targets,
-    rows_of: Mapping[str, NDArray[np.int64]],
-    training: TrainingResult,
-    num_replicas: int,
-) -> dict[str, Any]:
-    """What metrics.json says beside the metrics: which rows they rest on, and how training went."""
+def _course(training: TrainingResult, num_replicas: int) -> dict[str, Any]:
+    """How training went, for metrics.json."""
     return {
-        "labels": {**labelled.counts.as_dict(), "classes_without_training_rows": targets.unseen},
-        "split": {
-            name: {
-                "rows": len(rows_of[name]),
-                "rows_per_class": targets.rows_per_class(rows_of[name]),
-            }
-            for name in SPLIT_NAMES
-        },
-        "training": {
-            "epochs": len(training.history),
-            "best_epoch": training.best_epoch,
-            "stopped": training.stopped,
-            "num_replicas": num_replicas,
-            "history": [asdict(epoch) for epoch in training.history],
-        },
+        "epochs": len(training.history),
+        "best_epoch": training.best_epoch,
+        "stopped": training.stopped,
+        "num_replicas": num_replicas,
+        "history": [asdict(epoch) for epoch in training.history],
     }

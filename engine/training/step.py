@@ -170,7 +170,7 @@ def compile_steps(
             variables = learner.network.trainable_variables
             with tf.GradientTape() as tape:
                 logits_BK = learner.head.training_logits(learner.network, embeddings_BD, drop)
-                losses_B = _cross_entropies(logits_BK, targets_B, label_smoothing)
+                losses_B = cross_entropies(logits_BK, targets_B, label_smoothing)
                 weighed = tf.reduce_sum(losses_B * weights_RB[replica])
                 loss = tf.math.divide_no_nan(weighed, tf.reduce_sum(weights_RB))
             gradients = tape.gradient(loss, variables)
@@ -181,7 +181,7 @@ def compile_steps(
         return tf.stack(losses)
 
     def global_step(held: Any, number: tf.Tensor, rows_RB: tf.Tensor, weights_HRB: tf.Tensor) -> tf.Tensor:
-        draws_RBLW = _draws(rows_RB, count, width, seed, number)
+        draws_RBLW = draws(rows_RB, count, width, seed, number)
         losses_H = strategy.run(replica_step, args=(held, rows_RB, weights_HRB, draws_RBLW))
         return strategy.reduce("SUM", losses_H, axis=None)
 
@@ -239,7 +239,7 @@ def compile_gradients(
                 weights_B = weights_HB[number if weights_HB.shape[0] != 1 else 0]
                 with tf.GradientTape() as tape:
                     logits_BK = learner.head.training_logits(learner.network, embeddings_BD, _nothing)
-                    losses_B = _cross_entropies(logits_BK, targets_B, label_smoothing) * weights_B
+                    losses_B = cross_entropies(logits_BK, targets_B, label_smoothing) * weights_B
                     loss = tf.reduce_sum(losses_B)
                 gradients = tape.gradient(loss, learner.network.trainable_variables)
                 losses.append(tf.reduce_sum(tf.cast(losses_B, tf.float64)))
@@ -285,7 +285,7 @@ def _nothing(numbers_BH: tf.Tensor, which: int) -> tf.Tensor:
     return numbers_BH
 
 
-def _cross_entropies(logits_BK: tf.Tensor, targets_B: tf.Tensor, label_smoothing: float) -> tf.Tensor:
+def cross_entropies(logits_BK: tf.Tensor, targets_B: tf.Tensor, label_smoothing: float) -> tf.Tensor:
     """(B,) in nats: of the class, and of the even distribution for its share; of several classes the mean."""
     if targets_B.shape.rank == 2:
         wanted_BK = (1 - label_smoothing) * tf.cast(targets_B, tf.float32) + label_smoothing / 2
@@ -297,7 +297,7 @@ def _cross_entropies(logits_BK: tf.Tensor, targets_B: tf.Tensor, label_smoothing
     return (1 - label_smoothing) * own_B + label_smoothing * even_B
 
 
-def _draws(rows_RB: tf.Tensor, count: int, width: int, seed: int, number: tf.Tensor) -> tf.Tensor:
+def draws(rows_RB: tf.Tensor, count: int, width: int, seed: int, number: tf.Tensor) -> tf.Tensor:
     """Even numbers in [0, 1), shape (R, B, L, W), the same for a row of the global batch whatever R is.
 
     On the host: there the n-th number does not depend on how many are drawn, which padding changes.

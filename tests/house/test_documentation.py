@@ -104,7 +104,7 @@ def test_every_field_of_every_recipe_is_explained(verb: str) -> None:
     ("arguments", "said"),
     [
         (["extract", "absent.yaml"], "no such file"),
-        (["schema", "extrakt"], "extract, fit, score"),
+        (["schema", "extrakt"], "extract, fit, finetune, score"),
         (["extract", "jobs/recipes/demo_extract.yaml", "--set", "compute.actor=2"], "did you mean 'actors'?"),
         (["extract", "jobs/recipes/demo_extract.yaml", "--set", "source.kind=zip"], "webdataset"),
         (["extract", "jobs/recipes/demo_extract.yaml", "--set", "backbone.input_size=-3"], "backbone"),

@@ -14,7 +14,7 @@ from engine.heads.base import Dropouts
 from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig, open_head
 from engine.strategies.kinds import OneDevice, open_strategy
 from engine.training.kinds import AdamConfig, SgdConfig
-from engine.training.step import Learner, _draws, build_optimizer, compile_steps, hold_rows
+from engine.training.step import Learner, build_optimizer, compile_steps, draws, hold_rows
 
 
 def one_step(
@@ -229,11 +229,11 @@ def test_dropout_leaves_out_its_share_anew_in_every_step_and_nothing_when_answer
     head.training_logits(network, rows, drop)
     assert seen[0].shape == (4, 2_000)
     assert head.dropouts == Dropouts(0.25, 1, 2_000)
-    draws = [_draws(np.zeros((2, 3)), 1, 2_000, 7, np.int64(step)).numpy() for step in (0, 0, 1)]
-    np.testing.assert_array_equal(draws[0], draws[1])
-    assert not np.array_equal(draws[0], draws[2])
-    assert draws[0].shape == (2, 3, 1, 2_000)
-    assert float((draws[0] >= 0.25).mean()) == pytest.approx(0.75, abs=0.02)
-    padded = _draws(np.zeros((4, 2)), 1, 2_000, 7, np.int64(0)).numpy()
-    np.testing.assert_array_equal(padded.reshape(8, -1)[:6], draws[0].reshape(6, -1), "they belong to rows")
+    drawn = [draws(np.zeros((2, 3)), 1, 2_000, 7, np.int64(step)).numpy() for step in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (2, 3, 1, 2_000)
+    assert float((drawn[0] >= 0.25).mean()) == pytest.approx(0.75, abs=0.02)
+    padded = draws(np.zeros((4, 2)), 1, 2_000, 7, np.int64(0)).numpy()
+    np.testing.assert_array_equal(padded.reshape(8, -1)[:6], drawn[0].reshape(6, -1), "they belong to rows")
     assert open_head(config.model_copy(update={"dropout": 0.0})).dropouts == Dropouts()

@@ -1,0 +1,118 @@
+"""The decoded images of a fine-tuning: in a file of this machine, picked by row number. Not for: decoding them.
+
+They are decoded once, at the size of the backbone's input, and read again in every epoch in another order: a page of a
+local disk is read in a fraction of the time in which an image is decoded, and a shuffle over all of them needs no
+window. Shape letters: N rows, S side in pixels, P rows of a portion.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine.errors import EngineError, ShardsFailed
+from engine.extraction import Part
+
+NO_ROOM_LEFT = 1 << 30  # bytes of the disk that stay free
+SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """Every image that could be decoded, in the order of the shards and of their samples.
+
+    Attributes:
+        samples: key, shard, index, label and metadata of each.
+        rejects: how many samples have no image, by reason.
+    """
+
+    samples: pa.Table
+    rejects: Mapping[str, int]
+    _pixels_MSS3: NDArray[np.uint8]  # in the order in which they came
+    _places_N: NDArray[np.int64]  # where each is among those
+
+    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8, shape (P, S, S, 3), RGB: of some of the rows."""
+        picked: NDArray[np.uint8] = self._pixels_MSS3[self._places_N[rows]]
+        return picked
+
+    def __len__(self) -> int:
+        return len(self._places_N)
+
+
+@contextmanager
+def collect_images(
+    rows: Iterable[pa.Table], shards: Sequence[str], side_px: int, folder: Path | None = None
+) -> Iterator[ImageRows]:
+    """Put decoded parts into a file without a name, which goes with this context.
+
+    Args:
+        rows: parts as `engine.extraction.read_parts` yields them, of whatever shards, in any order.
+        shards: the paths of all shards, in their order.
+        side_px: S.
+        folder: where the file is made; None: the temporary folder.
+
+    Raises:
+        ShardsFailed: a shard cannot be read to its end.
+        EngineError: the disk has no room for them.
+    """
+    folder = folder or Path(tempfile.gettempdir())
+    order = {path: place for place, path in enumerate(shards)}
+    parts: list[tuple[tuple[int, int], int, pa.Table]] = []
+    damage: dict[str, str] = {}
+    rejects: dict[str, int] = {}
+    count = 0
+    with tempfile.TemporaryFile(dir=folder, prefix="engine-images-") as file:
+        for row in rows:
+            part = Part.from_row(row)
+            header = part.header
+            if header.damage is not None:
+                damage[header.shard] = header.damage
+                continue
+            assert part.array is not None and part.samples is not None and part.rejects is not None
+            _require_room(folder, part.array.nbytes, count)
+            file.write(np.ascontiguousarray(part.array).data)
+            parts.append(((order[header.shard], header.number), count, part.samples))
+            count += len(part.array)
+            for reason in part.rejects["error"].to_pylist():
+                rejects[reason] = rejects.get(reason, 0) + 1
+        if damage:
+            raise _unreadable(damage, len(shards))
+        file.flush()
+        parts.sort(key=lambda part: part[0])
+        samples = pa.concat_tables([samples for _, _, samples in parts]) if parts else pa.table({})
+        places = [np.arange(first, first + table.num_rows) for _, first, table in parts]
+        pixels_MSS3 = (
+            np.memmap(file, np.uint8, "r", shape=(count, side_px, side_px, 3))
+            if count
+            else np.empty((0, side_px, side_px, 3), np.uint8)
+        )
+        yield ImageRows(samples, rejects, pixels_MSS3, np.concatenate([*places, np.empty(0, np.int64)]))
+
+
+def _require_room(folder: Path, size: int, images: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size + NO_ROOM_LEFT:
+        raise EngineError(
+            f"finetune: no room for more decoded images in {folder} of a worker",
+            found=f"{free / 1e9:.1f} GB free there, after {images:,} images",
+            way_out="set TMPDIR to a larger disk, take a smaller backbone.input_size, or fine-tune on fewer images",
+        )
+
+
+def _unreadable(damage: Mapping[str, str], shards: int) -> ShardsFailed:
+    named: list[Any] = [f"{shard}: {text}" for shard, text in sorted(damage.items())][:SHOWN]
+    return ShardsFailed(
+        f"finetune: {len(damage):,} of {shards:,} shards cannot be read",
+        found="; ".join(named),
+        way_out="repair them, or leave them out with source.pattern",
+    )

@@ -1,0 +1,290 @@
+"""Epochs over images, with early stopping and checkpoints between steps. Not for: what a step does.
+
+Shape letters: N images held, R replicas, B images of one replica's share, V validation images.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from engine.errors import EngineError
+from engine.finetuning.images import ImageRows
+from engine.finetuning.kinds import FinetuneTrainingConfig
+from engine.finetuning.step import Classifier, Step
+from engine.strategies.base import agreement
+from engine.training.checkpoints import Checkpoints, State
+from engine.training.loop import Epoch, Report
+from engine.training.passes import Batch, global_batches
+
+log = logging.getLogger(__name__)
+BATCHES_AHEAD = 2  # read from the disk while a step is computed
+
+Watch = Callable[[], tuple[float, ...]]
+"""Loss and accuracy on the validation images with the weights that there are now; nothing without any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What is trained on.
+
+    Attributes:
+        rows: all images.
+        numbers_N: which of them are the labelled ones that targets and splits count.
+        targets_N: of each labelled one: its class, or (N, K) with 1 where it has the class.
+        weights_N: what each counts.
+        train: numbers of those that are learnt from, within the labelled ones.
+    """
+
+    rows: ImageRows
+    numbers_N: NDArray[np.int64]
+    targets_N: NDArray[np.integer[Any]]
+    weights_N: NDArray[np.float32]
+    train: NDArray[np.int64]
+
+    def pixels(self, labelled: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Of some of the labelled ones."""
+        return self.rows.pixels(self.numbers_N[labelled])
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """What learns, and how; made in the strategy's scope."""
+
+    strategy: tf.distribute.Strategy
+    classifier: Classifier
+    optimizer: Any  # keras.Optimizer, built
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How it went.
+
+    Attributes:
+        history: of each epoch.
+        best_epoch: whose weights the classifier has now; 0: those that it began with.
+        stopped: a sentence on why it ended.
+        waiting: share of the time of the steps in which they waited for images.
+    """
+
+    history: tuple[Epoch, ...]
+    best_epoch: int
+    stopped: str
+    waiting: float
+
+
+def finetune(
+    trainee: Trainee,
+    images: Images,
+    watch: Watch,
+    config: FinetuneTrainingConfig,
+    report: Report,
+    checkpoints: Checkpoints,
+) -> Course:
+    """Train until the validation loss has not fallen for `patience` epochs, and leave the best weights.
+
+    Without validation images all epochs are run and the last weights are kept.
+
+    Args:
+        watch: must give the same on every worker.
+        report: called once per epoch with epoch, epochs, train_loss, validation_loss, validation_accuracy.
+        checkpoints: where to begin, if an earlier run was interrupted, and to write what this one comes to.
+
+    Raises:
+        EngineError: the loss became infinite or NaN in the first epoch.
+        StorageError: whether there is a checkpoint cannot be said.
+    """
+    return _Run(trainee, images, watch, config, report, checkpoints).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        trainee: Trainee,
+        images: Images,
+        watch: Watch,
+        config: FinetuneTrainingConfig,
+        report: Report,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._strategy, self._classifier = trainee.strategy, trainee.classifier
+        self._optimizer, self._step = trainee.optimizer, trainee.step
+        self._images, self._watch, self._config = images, watch, config
+        self._report, self._checkpoints = report, checkpoints
+        self._agreed = agreement(trainee.strategy)
+        self._epoch, self._steps_done = 1, 0  # where it is: steps of this epoch that are behind it
+        self._loss_sum, self._weight_sum = 0.0, 0.0  # of those
+        self._history: list[Epoch] = []
+        self._best_epoch, self._best_loss = 0, math.inf
+        self._best: list[NDArray[Any]] = []
+        self._waited_s, self._stepping_s = 0.0, 0.0
+
+    def run(self) -> Course:
+        if not self._restored():
+            watched = self._agreed_watch()
+            self._best_loss = watched[0] if watched else math.inf
+            self._best = self._weights()
+        stopped = None
+        while stopped is None and self._epoch <= self._config.epochs:
+            stopped = self._one_epoch()
+        self._set_weights(self._best)
+        told = stopped or f"all {self._config.epochs} epochs were run; {_kept(self._best_epoch)}"
+        waiting = self._waited_s / self._stepping_s if self._stepping_s else 0.0
+        return Course(tuple(self._history), self._best_epoch, told, round(waiting, 4))
+
+    def _one_epoch(self) -> str | None:
+        """The rest of the epoch; why it was the last one, or None."""
+        config, epoch = self._config, self._epoch
+        order = np.random.default_rng([config.seed, epoch]).permutation(self._images.train)
+        replicas = self._strategy.num_replicas_in_sync
+        batches = list(global_batches(order, self._images.weights_N, config.batch_size, replicas))
+        pending: list[tuple[tf.Tensor, float]] = []
+        first = (epoch - 1) * len(batches)
+        for place, (pixels, targets, weights_RB) in self._read_ahead(batches, self._steps_done):
+            started = time.perf_counter()
+            pending.append((self._step(first + place, pixels, targets, weights_RB), float(weights_RB.sum())))
+            if (
+                len(pending) > BATCHES_AHEAD
+            ):  # the device has something to do while the next one is made ready
+                self._count(pending.pop(0))
+            self._stepping_s += time.perf_counter() - started
+            self._steps_done = place + 1
+            if self._checkpoints.is_due and place + 1 < len(batches):
+                while pending:
+                    self._count(pending.pop(0))
+                self._checkpoints.write(self._state())
+        while pending:
+            self._count(pending.pop(0))
+        return self._end_epoch()
+
+    def _end_epoch(self) -> str | None:
+        config, epoch = self._config, self._epoch
+        train_loss = float(self._agreed(np.array([self._loss_sum / max(self._weight_sum, 1e-30)]))[0])
+        if not math.isfinite(train_loss):
+            if not self._best_epoch and not self._history:
+                raise _diverged(epoch, train_loss)
+            return f"the loss was {train_loss} in epoch {epoch}; {_kept(self._best_epoch)}"
+        watched = self._agreed_watch()
+        loss, accuracy = watched or (None, None)
+        self._history.append(Epoch(epoch, train_loss, loss, accuracy))
+        if loss is None or loss < self._best_loss:
+            self._best_epoch, self._best_loss = epoch, math.inf if loss is None else loss
+            self._best = self._weights()
+        self._report({**asdict(self._history[-1]), "epochs": config.epochs})
+        self._epoch, self._steps_done, self._loss_sum, self._weight_sum = epoch + 1, 0, 0.0, 0.0
+        if self._checkpoints.is_due:
+            self._checkpoints.write(self._state())
+        if loss is not None and epoch - self._best_epoch >= config.patience:
+            return f"the validation loss did not fall for {config.patience} epochs; {_kept(self._best_epoch)}"
+        return None
+
+    def _read_ahead(
+        self, batches: Sequence[Batch], begin: int
+    ) -> Iterator[tuple[int, tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]]]:
+        """The batches from `begin` on, read by a thread while others are computed."""
+        images = self._images
+
+        def read(batch: Batch) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]:
+            rows_RB, weights_RB = batch
+            return images.pixels(rows_RB.ravel()), images.targets_N[rows_RB.ravel()], weights_RB
+
+        waiting: list[Future[Any]] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="images") as reader:
+            for place in range(begin, len(batches)):
+                while len(waiting) < BATCHES_AHEAD and place + len(waiting) < len(batches):
+                    waiting.append(reader.submit(read, batches[place + len(waiting)]))
+                started = time.perf_counter()
+                batch = waiting.pop(0).result()
+                waited = time.perf_counter() - started
+                self._waited_s += waited
+                self._stepping_s += waited
+                yield place, batch
+
+    def _count(self, done: tuple[tf.Tensor, float]) -> None:
+        loss, weight = done
+        self._loss_sum += float(loss) * weight
+        self._weight_sum += weight
+
+    def _agreed_watch(self) -> tuple[float, ...]:
+        watched = self._watch()
+        return tuple(self._agreed(np.array(watched, np.float64)).tolist()) if watched else ()
+
+    def _weights(self) -> list[NDArray[Any]]:
+        return [np.array(variable) for variable in self._classifier.tensors]
+
+    def _set_weights(self, values: Sequence[NDArray[Any]]) -> None:
+        with self._strategy.scope():
+            for variable, value in zip(self._classifier.tensors, values, strict=True):
+                variable.assign(value)
+
+    def _state(self) -> State:
+        """All that the rest of the training hangs on."""
+        facts = {
+            "epoch": self._epoch,
+            "steps_done": self._steps_done,
+            "loss_sum": self._loss_sum,
+            "weight_sum": self._weight_sum,
+            "history": [asdict(epoch) for epoch in self._history],
+            "best_epoch": self._best_epoch,
+            "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+        }
+        tensors = {f"now.{place}": value for place, value in enumerate(self._weights())}
+        tensors |= {f"best.{place}": value for place, value in enumerate(self._best)}
+        tensors |= {
+            f"optimizer.{place}": np.array(variable)
+            for place, variable in enumerate(self._optimizer.variables)
+        }
+        return State(facts, tensors)
+
+    def _restored(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
+        state = self._checkpoints.read()
+        epoch_and_step = [0.0, 0.0] if state is None else [state.facts["epoch"], state.facts["steps_done"]]
+        mine = np.array(epoch_and_step, np.float64)
+        if (self._agreed(mine) != mine).any():
+            raise EngineError(
+                "finetune: two workers found different checkpoints", way_out="run the same command again"
+            )
+        if state is None:
+            return False
+        facts, tensors = state.facts, state.tensors
+        self._epoch, self._steps_done = int(facts["epoch"]), int(facts["steps_done"])
+        self._loss_sum, self._weight_sum = facts["loss_sum"], facts["weight_sum"]
+        self._history = [Epoch(**epoch) for epoch in facts["history"]]
+        self._best_epoch = facts["best_epoch"]
+        self._best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
+        count = len(self._classifier.tensors)
+        self._set_weights([tensors[f"now.{place}"] for place in range(count)])
+        self._best = [tensors[f"best.{place}"] for place in range(count)]
+        with self._strategy.scope():
+            for place, variable in enumerate(self._optimizer.variables):
+                variable.assign(tensors[f"optimizer.{place}"])
+        log.warning(
+            "a fine-tuning that was interrupted in epoch %d after %d steps goes on from there",
+            self._epoch,
+            self._steps_done,
+        )
+        return True
+
+
+def _kept(best_epoch: int) -> str:
+    if not best_epoch:
+        return "no epoch was better than the weights that it began with, which are kept"
+    return f"weights of epoch {best_epoch} kept"
+
+
+def _diverged(epoch: int, loss: float) -> EngineError:
+    return EngineError(
+        f"finetune: the loss is {loss} in epoch {epoch}",
+        way_out="lower optimizer.learning_rate, or set training.precision to float32",
+    )

@@ -1,0 +1,181 @@
+"""Optimizer steps of a backbone and its head together, under a strategy. Not for: which images go into them.
+
+Shape letters: N images held, B images of a global batch with padding, R replicas, P images of one portion of a
+replica's share, S side in pixels, D embedding width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from engine.backbones.base import PixelScaling
+from engine.finetuning.augment import Augmenter
+from engine.finetuning.kinds import FinetuneTrainingConfig
+from engine.heads.base import Head
+from engine.training.step import cross_entropies, draws
+
+Step = Callable[[int, NDArray[np.uint8], NDArray[Any], NDArray[np.float32]], tf.Tensor]
+IMAGES_AT_ONCE = 64  # where nothing is learnt
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A backbone with a head on it; both were made in the strategy's scope.
+
+    Attributes:
+        scaling: of byte pixels.
+        backbone: keras.Model, scaled pixels (B, S, S, 3) -> embeddings (B, D); its layers say what of it learns.
+        head, head_network: (B, D) float32 -> (B, K) logits.
+    """
+
+    scaling: PixelScaling
+    backbone: keras.Model
+    head: Head
+    head_network: keras.Model
+
+    @property
+    def learning(self) -> list[Any]:
+        """Variables that a step changes: of the backbone, then of the head."""
+        return [*self.backbone.trainable_variables, *self.head_network.trainable_variables]
+
+    @property
+    def tensors(self) -> list[Any]:
+        """All variables; Keras' random seeds apart."""
+        return [*self.backbone.weights, *self.head_network.weights]
+
+    def embeddings(self, pixels_BSS3: tf.Tensor) -> tf.Tensor:
+        """Of float32 pixels 0..255: as the backbone answers, BatchNorm by its stored statistics, nothing dropped."""
+        return tf.cast(self.backbone(self.scaling.apply(pixels_BSS3), training=False), tf.float32)
+
+
+def compile_embed(
+    backbone: keras.Model, scaling: PixelScaling
+) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """A function of uint8 (B, S, S, 3) -> float32 (B, D), for any B; weights that it is given later are used then."""
+
+    def block(pixels_BSS3: tf.Tensor) -> tf.Tensor:
+        return tf.cast(backbone(scaling.apply(tf.cast(pixels_BSS3, tf.float32)), training=False), tf.float32)
+
+    compiled = tf.function(block, reduce_retracing=True)
+
+    def embed(pixels_BSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+        starts = range(0, len(pixels_BSS3), IMAGES_AT_ONCE)
+        found = [
+            compiled(tf.constant(pixels_BSS3[start : start + IMAGES_AT_ONCE])).numpy() for start in starts
+        ]
+        return np.concatenate([*found, np.empty((0, backbone.output_shape[-1]), np.float32)])
+
+    return embed
+
+
+def compile_step(
+    strategy: tf.distribute.Strategy,
+    classifier: Classifier,
+    optimizer: keras.Optimizer,
+    augmenter: Augmenter,
+    config: FinetuneTrainingConfig,
+) -> Step:
+    """Compile one optimizer step.
+
+    Returns:
+        step(number, pixels_BSS3, targets_B, weights_RB) -> loss of the global batch, in nats, not yet waited for.
+        `number` counts from 0 over the whole training: with the seed it decides what augmentation and dropout do. The
+        images are those of all replicas, one after the other, uint8; `weights_RB` says what each counts, padding 0.
+        Loss and gradients are sums over all replicas divided by the weight of the whole batch, so the trace of losses
+        does not depend on R, nor on how many images a device takes at once.
+    """
+    head = classifier.head
+
+    def replica_step(
+        pixels_BSS3: tf.Tensor,
+        targets_B: tf.Tensor,
+        weights_RB: tf.Tensor,
+        draws_BLW: tf.Tensor,
+        drawn: dict[str, Any],
+    ) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        replicas, share = weights_RB.shape
+        count = replicas * share
+        first = context.replica_id_in_sync_group * share
+        at_once = min(share, config.images_at_once or share)
+        weights_B = tf.reshape(weights_RB, [count])
+        real = tf.reduce_sum(tf.cast(weights_B > 0, tf.int32))
+        variables = classifier.learning
+
+        def seen(places_P: tf.Tensor) -> tf.Tensor:
+            pixels = tf.cast(tf.gather(pixels_BSS3, places_P), tf.float32)
+            return augmenter.change(pixels, drawn, places_P, count)
+
+        def losses(places_P: tf.Tensor) -> tf.Tensor:
+            images_PSS3, wanted_P = seen(places_P), tf.gather(targets_B, places_P)
+            if augmenter.mixes:  # with the image that comes next in the batch
+                others_P = tf.math.floormod(places_P + 1, real)
+                images_PSS3, own_P = augmenter.mix(images_PSS3, seen(others_P), drawn, places_P)
+            embeddings_PD = classifier.embeddings(tf.stop_gradient(images_PSS3))
+
+            def drop(numbers_PH: tf.Tensor, which: int) -> tf.Tensor:
+                kept = tf.gather(draws_BLW, places_P)[:, which, : numbers_PH.shape[1]] >= head.dropouts.rate
+                return tf.where(kept, numbers_PH / (1 - head.dropouts.rate), 0.0)
+
+            logits_PK = head.training_logits(classifier.head_network, embeddings_PD, drop)
+            losses_P = cross_entropies(logits_PK, wanted_P, config.label_smoothing)
+            if augmenter.mixes:
+                others = cross_entropies(logits_PK, tf.gather(targets_B, others_P), config.label_smoothing)
+                losses_P = own_P * losses_P + (1 - own_P) * others
+            return losses_P * tf.gather(weights_B, places_P)
+
+        def portion(places_P: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            with tf.GradientTape() as tape:
+                summed = tf.reduce_sum(losses(places_P))
+            found = tape.gradient(summed, variables)
+            return summed, [tf.convert_to_tensor(gradient) for gradient in found]
+
+        loss, gradients = portion(first + tf.range(at_once))
+        for begin in range(at_once, share, at_once):
+            # What is left at the end may be smaller, so no loop of the graph; each waits for the one before.
+            with tf.control_dependencies([loss]):
+                places_P = first + tf.range(begin, min(begin + at_once, share))
+                added, more = portion(places_P)
+            loss, gradients = loss + added, [one + other for one, other in zip(gradients, more, strict=True)]
+        whole = tf.reduce_sum(weights_B)
+        loss = tf.math.divide_no_nan(loss, whole)
+        gradients = context.all_reduce(
+            tf.distribute.ReduceOp.SUM, [tf.math.divide_no_nan(gradient, whole) for gradient in gradients]
+        )
+        if config.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm)
+        # The optimizer sums over replicas once more.
+        optimizer.apply_gradients(zip([one / replicas for one in gradients], variables, strict=True))
+        return loss
+
+    def global_step(
+        number: tf.Tensor, pixels_BSS3: tf.Tensor, targets_B: tf.Tensor, weights_RB: tf.Tensor
+    ) -> tf.Tensor:
+        count, side = pixels_BSS3.shape[:2]
+        drawn = augmenter.draw(count, side, number)
+        dropouts = head.dropouts
+        draws_BLW = draws(weights_RB, dropouts.count, dropouts.width, config.seed, number)
+        draws_BLW = tf.reshape(draws_BLW, (count, dropouts.count, dropouts.width if dropouts.count else 0))
+        found = strategy.run(replica_step, args=(pixels_BSS3, targets_B, weights_RB, draws_BLW, drawn))
+        return strategy.reduce("SUM", found, axis=None)
+
+    compiled_step = tf.function(global_step)
+
+    def step(
+        number: int, pixels_BSS3: NDArray[np.uint8], targets_B: NDArray[Any], weights_RB: NDArray[np.float32]
+    ) -> tf.Tensor:
+        return compiled_step(
+            tf.constant(number, tf.int64),
+            tf.constant(pixels_BSS3),
+            tf.constant(targets_B),
+            tf.constant(weights_RB),
+        )
+
+    return step

@@ -1,0 +1,272 @@
+"""Fine-tuning as a whole, in one process: the same on any number of devices, resumed as if nothing had been.
+
+Strategies of more than one device get a process of their own (this file, run as a program): logical devices must
+exist before TensorFlow runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from engine.backbones.fingerprint import tensor_digest
+from engine.backbones.kinds import EfficientNetLite0Config, build_backbone
+from engine.errors import EngineError, LabelError, OverBudget, RecipeError
+from engine.extraction import read_parts
+from engine.finetuning import loop
+from engine.finetuning.finetune import finetune_backbone
+from engine.finetuning.images import ImageRows, collect_images
+from engine.finetuning.kinds import FinetuneSettings
+from engine.heads.bundle import open_bundle
+from engine.resolve import Network, resolve
+from engine.runtimes.kinds import TensorFlowRuntimeConfig
+from engine.storage import StorageConfig, open_store
+from engine.worklist import ShardWork
+from tests.extract_jobs import job_without_network
+from tests.flows.archives import write_shards
+
+ROOT = Path(__file__).parents[2]
+SIDE = 64
+SETTINGS: dict[str, Any] = {
+    "backbone": {"kind": "efficientnet_lite0", "input_size": SIDE},
+    "unfreeze": {"top_layers": 12},
+    "split": {"train": 0.6, "validation": 0.2, "test": 0.2},
+    "head": {"kind": "mlp", "hidden": [16], "dropout": 0.3},
+    "head_phase": {"training": {"epochs": 2, "batch_size": 16, "patience": 5}},
+    "augment": {"crop": 0.5, "rotation": 10, "contrast": 0.2, "mixup": 0.3},
+    "optimizer": {"learning_rate": 0.001, "schedule": "cosine", "warmup_epochs": 1},
+    "training": {
+        "epochs": 4,
+        "batch_size": 7,
+        "patience": 9,
+        "label_smoothing": 0.1,
+        "class_weights": "balanced",
+        "checkpoint_seconds": 0,
+    },
+    "strategy": {"kind": "one_device"},
+    "publish": "always",
+}
+
+
+def settings(**changes: Any) -> FinetuneSettings:
+    """SETTINGS with some blocks changed; a dict changes fields of its block."""
+    merged = {
+        name: {**SETTINGS.get(name, {}), **value} if isinstance(value, dict) and name != "unfreeze" else value
+        for name, value in changes.items()
+    }
+    return FinetuneSettings.model_validate(SETTINGS | merged)
+
+
+@contextmanager
+def images_in(folder: Path, shards: int = 4, images: int = 15) -> Iterator[ImageRows]:
+    """Small crops of two photos, decoded."""
+    job = job_without_network(folder, SIDE, rows_per_part=16)
+    store = open_store(job.source.uri)
+    if not list(store.list()):
+        write_shards(store, shards, images)
+    works = [ShardWork(shard) for shard in sorted(store.list(), key=lambda one: one.path)]
+    with collect_images(read_parts(job, works), [work.shard.path for work in works], SIDE, folder) as rows:
+        yield rows
+
+
+def run(folder: Path, report: Callable[[dict[str, Any]], None] = lambda epoch: None, **changes: Any) -> Any:
+    """Fine-tune and publish to `folder`/bundle; summary and comparison."""
+    with images_in(folder) as rows:
+        return finetune_backbone(
+            rows, settings(**changes), StorageConfig(), None, open_store(str(folder / "bundle")), report
+        )
+
+
+def trace(folder: Path, **changes: Any) -> dict[str, Any]:
+    """What two runs must agree in: losses of all epochs, and the weights that were published."""
+    run(folder, **changes)
+    bundle = open_bundle(open_store(str(folder / "bundle")))
+    training = bundle.document("metrics")["training"]
+    record = bundle.document("embeddings_table")
+    network = build_backbone(
+        EfficientNetLite0Config.model_validate(record["backbone"]), StorageConfig()
+    ).network
+    weights = [*network.get_weights(), *bundle.network().get_weights()]
+    return {
+        "replicas": training["num_replicas"],
+        "losses": [
+            [epoch["train_loss"], epoch["validation_loss"]]
+            for phase in ("head", "backbone")
+            for epoch in training[phase]["history"]
+        ],
+        "sums": [float(np.abs(array).sum(dtype=np.float64)) for array in weights],
+    }
+
+
+@cache
+def reference() -> dict[str, Any]:
+    """The trace of one device."""
+    with tempfile.TemporaryDirectory() as folder:
+        return trace(Path(folder))
+
+
+def assert_same(found: dict[str, Any], tolerance: float = 1e-4) -> None:
+    assert len(found["losses"]) == 6
+    for ours, theirs in zip(found["losses"], reference()["losses"], strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerance)
+    assert found["sums"] == pytest.approx(reference()["sums"], rel=10 * tolerance)
+
+
+def test_losses_fall_and_are_those_of_a_golden_run() -> None:
+    head, backbone = reference()["losses"][:2], reference()["losses"][2:]
+    assert backbone[-1][1] < head[-1][1], (
+        "the backbone must learn something for a comparison to mean anything"
+    )
+    assert [loss for loss, _ in backbone] == pytest.approx(GOLDEN, abs=2e-3)
+
+
+GOLDEN = [0.5478, 0.5804, 0.3493, 0.4337]  # mean losses of four epochs of six steps
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_devices_give_the_trace_of_one(devices: int, tmp_path: Path) -> None:
+    strategy = {"kind": "mirrored", "devices_per_worker": devices}
+    command = [sys.executable, __file__, json.dumps({"strategy": strategy}), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads((tmp_path / "trace.json").read_text())
+    assert found["replicas"] == devices
+    assert_same(found)
+
+
+def test_portions_of_a_batch_give_the_trace_of_the_whole(tmp_path: Path) -> None:
+    assert_same(trace(tmp_path, training={"images_at_once": 3}))
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 8])
+def test_what_was_killed_between_two_steps_goes_on_as_if_nothing_had_been(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+    write = loop.Checkpoints.write
+
+    def write_and_stop(self: Any, state: Any) -> None:
+        nonlocal written
+        write(self, state)
+        written += 1
+        if written == after:
+            raise _Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Checkpoints, "write", write_and_stop)
+        with pytest.raises(_Stopped):
+            run(tmp_path)
+    assert list((tmp_path / "bundle").glob("checkpoint.*"))
+    assert_same(trace(tmp_path), 1e-6)
+    assert not list((tmp_path / "bundle").glob("checkpoint.*"))
+
+
+def test_statistics_of_batchnorm_stay_as_they_are_to_the_last_bit(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), unfreeze={"fraction": 1.0, "batch_norm": "scale_and_shift"}, training={"epochs": 1})
+        bundle = open_bundle(open_store(f"{folder}/bundle"))
+        record = bundle.document("embeddings_table")
+        config = EfficientNetLite0Config.model_validate(record["backbone"])
+        after = build_backbone(config, StorageConfig()).network
+        assert Path(config.weights.removeprefix("file://")).is_file()
+    before = build_backbone(EfficientNetLite0Config(input_size=SIDE), StorageConfig()).network
+    norms = changed = 0
+    for old, new in zip(before.layers, after.layers, strict=True):
+        if isinstance(old, keras.layers.BatchNormalization):
+            norms += 1
+            for name in ("moving_mean", "moving_variance"):
+                np.testing.assert_array_equal(getattr(old, name).numpy(), getattr(new, name).numpy())
+        elif old.weights:
+            changed += not np.array_equal(old.get_weights()[0], new.get_weights()[0])
+    assert norms == 49
+    assert changed == 49  # every convolution learnt
+
+
+def test_the_new_weights_have_the_fingerprint_that_extracting_with_them_finds(tmp_path: Path) -> None:
+    summary, comparison = run(tmp_path, training={"epochs": 1})
+    bundle = open_bundle(open_store(summary["bundle"]))
+    record = bundle.document("embeddings_table")
+    assert summary["fingerprint"] == bundle.manifest.fingerprint == record["fingerprint"]
+    config = EfficientNetLite0Config.model_validate(summary["backbone"])
+    found = resolve(Network(config, TensorFlowRuntimeConfig(), StorageConfig()), None)
+    assert found.fingerprint == summary["fingerprint"]
+    np.testing.assert_allclose(found.canary, record["canary"], rtol=1e-3, atol=1e-4)
+    old = build_backbone(EfficientNetLite0Config(input_size=SIDE), StorageConfig())
+    assert record["tensor_digest"] != tensor_digest(old.network)
+    assert summary["comparison"]["rows"] == comparison.rows > 0
+    metrics = bundle.document("metrics")
+    assert metrics["training"]["backbone"]["initial_epoch"] == 2
+    assert [epoch["epoch"] for epoch in metrics["training"]["backbone"]["history"]] == [3]
+    assert metrics["test"]["accuracy"] == pytest.approx(comparison.after)
+
+
+def test_a_bundle_is_trained_further_and_another_backbones_is_refused(tmp_path: Path) -> None:
+    first, _ = run(tmp_path, training={"epochs": 1})
+    bundle = open_bundle(open_store(first["bundle"]))
+    further = open_store(str(tmp_path / "further"))
+    with images_in(tmp_path) as rows:
+        again = settings(backbone=first["backbone"], training={"epochs": 1})
+        found = finetune_backbone(rows, again, StorageConfig(), bundle, further, lambda epoch: None)
+        assert found is not None
+        summary, comparison = found
+        assert summary["head_epochs"] == 0
+        assert comparison.before == pytest.approx(first["comparison"]["after"])
+        assert open_bundle(further).document("metrics")["training"]["head"] is None
+        with pytest.raises(EngineError, match="fitted on another backbone"):
+            finetune_backbone(rows, settings(), StorageConfig(), bundle, further, lambda epoch: None)
+
+
+def test_what_does_not_help_is_not_published(tmp_path: Path) -> None:
+    summary, comparison = run(
+        tmp_path, publish="if_better", optimizer={"learning_rate": 1e-30}, training={"epochs": 1}
+    )
+    assert (comparison.difference, summary["bundle"], summary["backbone"]) == (0.0, None, None)
+    assert "+0.00 points" in comparison.in_words()
+    assert not list((tmp_path / "bundle").glob("*"))
+
+
+def test_a_rate_at_which_the_loss_explodes_ends_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"finetune: the loss is (nan|inf)(.|\n)*lower optimizer.learning_rate"
+    ):
+        run(tmp_path, optimizer={"learning_rate": 1e30, "warmup_epochs": 0}, training={"clip_norm": None})
+
+
+def test_mixed_precision_learns_and_publishes_float32(tmp_path: Path) -> None:
+    found = trace(tmp_path, training={"precision": "mixed_bfloat16"})
+    for (train, _), (expected, _) in zip(found["losses"], reference()["losses"], strict=True):
+        assert train == pytest.approx(expected, abs=0.05)
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_what_cannot_be_done_is_said_before_training(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a network that is cut cannot be fine-tuned"):
+        run(tmp_path, backbone={"layer": "block5_add"})
+    with pytest.raises(LabelError, match="no image to judge by"):
+        run(tmp_path, split={"train": 1.0, "validation": 0.0, "test": 0.0})
+    with images_in(tmp_path) as rows:
+        damaged = ImageRows(rows.samples, {"no_image": 5}, rows._pixels_MSS3, rows._places_N)
+        with pytest.raises(OverBudget, match="5 of 65 samples have no image"):
+            finetune_backbone(damaged, settings(), StorageConfig(), None, open_store(str(tmp_path)), print)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[2])
+    (target / "trace.json").write_text(json.dumps(trace(target, **json.loads(sys.argv[1]))))
