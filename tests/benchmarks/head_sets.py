@@ -66,17 +66,18 @@ def digits() -> tuple[NDArray[np.uint8], list[str], list[str]]:
 
     images_N88, classes_N = load_digits(return_X_y=True)
     grey = (images_N88.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
-    return _enlarged(grey), [str(number) for number in classes_N], []
+    return enlarged(grey), [str(number) for number in classes_N], []
 
 
 def faces() -> tuple[NDArray[np.uint8], list[str], list[str]]:
     """As `digits`; the first hundred are faces (scikit-image, lfw_subset)."""
     content = files("skimage").joinpath("data", "lfw_subset.npy").read_bytes()
     grey = (255 * np.load(io.BytesIO(content))).clip(0, 255).astype(np.uint8)
-    return _enlarged(grey), ["face"] * 100 + ["other"] * 100, []
+    return enlarged(grey), ["face"] * 100 + ["other"] * 100, []
 
 
-def _enlarged(grey_NSS: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def enlarged(grey_NSS: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(N, SIDE_PX, SIDE_PX, 3)."""
     large = [cv2.resize(image, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_LINEAR) for image in grey_NSS]
     return np.repeat(np.stack(large)[..., None], 3, axis=3)
 
