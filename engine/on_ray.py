@@ -280,7 +280,7 @@ def run_extract(
         yield Receipt.from_json(receipt)
 
 
-def run_read(job: ExtractJob, groups: Sequence[WorkList], readers: int) -> Iterator[pa.Table]:
+def run_read(job: ExtractJob, groups: Sequence[WorkList], readers: int) -> Generator[pa.Table]:
     """Read and decode shards on the cluster; parts come as they are ready, in any order, each as one row.
 
     May be called within a training worker: what is read goes straight to its process.
@@ -477,7 +477,7 @@ def _lost(error: Exception) -> ClusterError:
     return ClusterError(
         "a worker was lost, or broke on something unforeseen",
         found=str(error)[-2000:],
-        way_out="run the same command again: it makes only what is missing; `ray logs` on the cluster says more",
+        way_out="run the same command again: what is done stays done; `ray logs` on the cluster says more",
     )
 
 

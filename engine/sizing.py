@@ -369,6 +369,20 @@ def share_of_workers(strategy: AnyStrategyConfig, machines: Machines) -> WorkerS
     return WorkerShare(1.0, float(gpus), fits=_room(machines.node_gpus, gpus) >= strategy.workers)
 
 
+def require_room_here(share: WorkerShare, strategy: AnyStrategyConfig) -> None:
+    """Refuse workers for which this one machine has no room: nothing will come to it.
+
+    Raises:
+        RecipeError: with what was wanted.
+    """
+    if not share.fits:
+        raise RecipeError(
+            f"strategy.workers: no room for {strategy.workers} workers on this machine",
+            found=f"{share.gpus:.0f} GPUs for each were wanted",
+            way_out="ask for fewer workers or devices, or submit the job to a cluster",
+        )
+
+
 def _most_for_each(amounts: Sequence[float], workers: int) -> int:
     """The most, in whole numbers, of which nodes with these amounts have one for each worker; 0: not even 1."""
     most = int(max(amounts, default=0))

@@ -228,6 +228,8 @@ def backbones(
     )  # before TensorFlow is loaded: this verb computes nothing
     from engine.backbones.kinds import backbone_names, describe_backbone
 
+    if name is None and layers:
+        raise typer.BadParameter("--layers belongs to one NAME")
     if name is not None:
         facts = describe_backbone(name, input_size, pooling.value, layer, layers)
         rows = facts.pop("layer_table", None)

@@ -5,6 +5,7 @@ engine finetune RECIPE            or   ray job submit --working-dir . -- python 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from engine.config import Config
-from engine.errors import NotBetter
+from engine.errors import ClusterError, LabelError, NotBetter
 from engine.finetuning.kinds import FinetuneOutput, FinetuneSettings
 from engine.shards.kinds import SourceConfig
 from engine.storage import StorageConfig, Uri
@@ -23,7 +24,7 @@ from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.extraction import ExtractJob
-    from engine.sizing import Machines
+    from engine.sizing import Machines, WorkerShare
     from engine.worklist import WorkList
 
 
@@ -38,7 +39,8 @@ class FinetuneCompute(Config):
     """What runs beside the training workers."""
 
     decode_tasks: int | None = Field(default=None, ge=1, le=4096)
-    """Shard readers that run at once, before training begins; null: one per CPU core that no worker has, at least 1."""
+    """Shard readers that run at once, before training begins, of all workers together, each of which reads all images;
+    null: one per CPU core that no worker has. At least one for each worker."""
     decode_threads: int = Field(default=2, ge=1, le=256)
     """Threads that decode images in each reader."""
 
@@ -60,30 +62,16 @@ class FinetuneRecipe(FinetuneSettings):
 
 def run(recipe: FinetuneRecipe) -> Outcome:
     """Fine-tune on training workers under Ray Train, the first of which publishes."""
-    from engine.cluster_head import joins_cluster
     from engine.on_ray import machines_of_cluster, ray_session, run_training
-    from engine.sizing import share_of_workers
     from engine.this_machine import machines_here
 
     run_id = new_run_id("finetune")
-    works = _look(recipe)
+    works, bundle_id = _look(recipe)
     say(f"finetune: {len(works):,} shards of {recipe.source.uri} ({sum(works.sizes) / 1e6:,.1f} MB)")
     workers, here = recipe.strategy.workers, machines_here()
-    cpus_here = max(here.cpus, workers)
-    readers = recipe.compute.decode_tasks or max(1, int(here.cpus) - 1)
-    # Ray Train's own controller takes part of a core; readers are done before training begins.
-    with ray_session(None, local_cpus=cpus_here + 1 + readers):
-        machines = machines_of_cluster()
-        if joins_cluster(None):
-            machines = _without_a_core_each(machines)
-            share = share_of_workers(recipe.strategy, machines)
-            left = machines.cpus + machines.nodes - workers * share.cpus
-            readers = recipe.compute.decode_tasks or max(1, int(left))
-        else:
-            share = share_of_workers(recipe.strategy, machines)
-            share = dataclasses.replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
-        if not share.fits:
-            say(f"there is no room for {workers} workers now; waiting for the cluster to grow")
+    # Ray Train's own controller takes part of a core; local readers are beside workers, and done before these begin.
+    with ray_session(None, local_cpus=2 * max(here.cpus, workers) + 1):
+        share, readers = _layout(recipe, machines_of_cluster(), here.cpus)
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):
 
             def show(epoch: dict[str, Any]) -> None:
@@ -93,7 +81,7 @@ def run(recipe: FinetuneRecipe) -> Outcome:
                     task, description=epoch["phase"], completed=done, total=total, rate=_figures(epoch)
                 )
 
-            body = functools.partial(finetune_on_worker, recipe, works, readers)
+            body = functools.partial(finetune_on_worker, recipe, works, bundle_id, readers)
             answer = run_training(body, show, workers, share)
     for note in answer["notes"]:
         say(f"note: {note}")
@@ -108,6 +96,41 @@ def run(recipe: FinetuneRecipe) -> Outcome:
             way_out="unfreeze other layers, try another learning rate, or set publish: always",
         )
     return Outcome(summary, verdict)
+
+
+def _layout(recipe: FinetuneRecipe, machines: Machines, cpus_here: float) -> tuple[WorkerShare, int]:
+    """What each worker is given, and how many readers it has; in a cluster they are on other cores than the workers.
+
+    Raises:
+        RecipeError: this one machine has no room for the workers.
+        ClusterError: the workers would take every core that there is, and wait for images for ever.
+    """
+    from engine.cluster_head import joins_cluster
+    from engine.sizing import require_room_here, share_of_workers
+
+    workers = recipe.strategy.workers
+    if not joins_cluster(None):
+        share = share_of_workers(recipe.strategy, machines)
+        require_room_here(share, recipe.strategy)
+        share = dataclasses.replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
+        return share, _each(recipe, max(1, int(cpus_here) - 1))
+    share = share_of_workers(recipe.strategy, _without_a_core_each(machines))
+    left = int(machines.cpus - workers * share.cpus)
+    if left < 1 and share.fits:
+        raise ClusterError(
+            "finetune: the cluster has no core for reading images",
+            found=f"{machines.cpus:g} CPUs; training workers ({workers}) take {share.cpus:g} each",
+            wanted="one more at least",
+            way_out="add a node" + (", or ask for fewer strategy.workers" if workers > 1 else ""),
+        )
+    if not share.fits:
+        say(f"the cluster has no room for {workers} workers and a reader now; waiting for it to grow")
+    return share, _each(recipe, max(1, left))
+
+
+def _each(recipe: FinetuneRecipe, readers: int) -> int:
+    """Of one worker: each reads all images."""
+    return max(1, min(recipe.compute.decode_tasks or readers, readers) // recipe.strategy.workers)
 
 
 def _without_a_core_each(machines: Machines) -> Machines:
@@ -126,31 +149,48 @@ def _figures(epoch: dict[str, Any]) -> str:
 
 
 def finetune_on_worker(
-    recipe: FinetuneRecipe, works: WorkList, readers: int, report: Callable[[dict[str, Any]], None]
+    recipe: FinetuneRecipe,
+    works: WorkList,
+    bundle_id: str | None,
+    readers: int,
+    report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any] | None:
     """Body of a training worker: have the images decoded, fine-tune, publish; summary, and what there is to say.
 
     None: another worker has it.
+
+    Args:
+        bundle_id: of the bundle to begin with, so that all workers take the same one.
+        readers: tasks that read for this worker at once.
     """
+    from engine.backbones.kinds import built_without_weights
     from engine.finetuning.images import collect_images
+    from engine.finetuning.unfreeze import unfreeze
     from engine.heads.bundle import open_bundle
     from engine.on_ray import run_read
     from engine.plan import read_tasks
     from engine.storage import open_store
+    from engine.strategies.kinds import open_strategy
     from jobs.fit import warnings_of
 
+    # First, though it imports TensorFlow: one worker may be done with reading long before another.
+    strategy = open_strategy(recipe.strategy)
+    unfreeze(
+        built_without_weights(recipe.backbone), recipe.unfreeze
+    )  # what it refuses is refused before images are read
+    bundle = open_bundle(open_store(recipe.bundle.uri, recipe.storage), bundle_id) if recipe.bundle else None
     report({"phase": "reading", "epoch": 0, "epochs": recipe.training.epochs})
     groups = read_tasks(works, readers)
-    rows = run_read(_job(recipe), groups, readers)
     shards = [work.shard.path for work in works]
     with (
+        contextlib.closing(run_read(_job(recipe), groups, readers)) as rows,
         warnings_of("engine.training", "engine.finetuning") as notes,
         collect_images(rows, shards, recipe.backbone.input_size) as images,
     ):
-        from engine.finetuning.finetune import finetune_backbone  # only now: it imports TensorFlow
+        from engine.finetuning.finetune import finetune_backbone
 
-        bundle = open_bundle(open_store(recipe.bundle.uri, recipe.storage)) if recipe.bundle else None
         found = finetune_backbone(
+            strategy,
             images,
             recipe,
             recipe.storage,
@@ -174,7 +214,7 @@ def _job(recipe: FinetuneRecipe) -> ExtractJob:
         storage=recipe.storage,
         backbone=recipe.backbone,
         runtime=TensorFlowRuntimeConfig(),
-        limits=recipe.limits,
+        limits=recipe.limits.as_of_extract(),
         table_uri=recipe.output.uri,
         dtype="float32",
         rows_per_part=default_rows_per_part(recipe.backbone.input_size),
@@ -189,7 +229,7 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
     from engine.finetuning.unfreeze import unfreeze
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded: nothing is computed
-    works = _look(recipe)
+    works, _ = _look(recipe)
     network = built_without_weights(recipe.backbone)
     unfrozen = unfreeze(network, recipe.unfreeze)
     return {
@@ -209,24 +249,22 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
     }
 
 
-def _look(recipe: FinetuneRecipe) -> WorkList:
-    """The shards; refuses what is known to be wrong before Ray starts."""
-    from engine.errors import LabelError, ObjectNotFound
-    from engine.finetuning.kinds import require_whole_network
+def _look(recipe: FinetuneRecipe) -> tuple[WorkList, str | None]:
+    """The shards, and the id of the bundle to begin with; refuses what is known to be wrong before Ray starts."""
+    from engine.errors import ObjectNotFound
+    from engine.finetuning.kinds import require_trainable_head, require_whole_network
     from engine.heads.bundle import open_bundle
     from engine.shards.kinds import open_reader
     from engine.storage import open_store
     from engine.worklist import ShardWork, WorkList
 
     require_whole_network(recipe.backbone)
-    if recipe.labels.uri is None and recipe.source.label is None:
-        raise LabelError(
-            "labels: the images have none",
-            found="neither source.label nor labels.uri",
-            way_out="name the member or column that holds the label as source.label, or a label file as labels.uri",
-        )
+    _require_columns(recipe)
+    bundle_id = None
     if recipe.bundle is not None:
-        open_bundle(open_store(recipe.bundle.uri, recipe.storage))
+        bundle = open_bundle(open_store(recipe.bundle.uri, recipe.storage))
+        require_trainable_head(bundle, recipe.task)
+        bundle_id = bundle.id
     next(iter(open_store(recipe.output.uri, recipe.storage).list()), None)  # a file, no bucket, no rights
     source = open_store(recipe.source.uri, recipe.storage)
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
@@ -237,7 +275,31 @@ def _look(recipe: FinetuneRecipe) -> WorkList:
         raise ObjectNotFound(
             f"{recipe.source.uri}: no shards", way_out="correct source.uri or source.pattern"
         )
-    return works
+    return works, bundle_id
+
+
+def _require_columns(recipe: FinetuneRecipe) -> None:
+    """Labels and split must be among what is read of the source, unless a label file has them.
+
+    Raises:
+        LabelError: with what there is.
+    """
+    if recipe.labels.uri is not None:
+        return  # it is read by the workers
+    columns = list(recipe.source.metadata_columns()) + (["label"] if recipe.source.label is not None else [])
+    split = recipe.split
+    for field, name in (
+        ("labels.label", recipe.labels.label),
+        ("split.column", split.column),
+        ("split.group", split.group),
+    ):
+        if name is not None and name not in columns:
+            raise LabelError(
+                f"{field}: the images have no {name!r}",
+                found=", ".join(columns) or "neither source.label nor source.metadata",
+                way_out="name the member or column that holds the label as source.label, others in source.metadata, "
+                "or a label file as labels.uri",
+            )
 
 
 if __name__ == "__main__":

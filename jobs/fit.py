@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Config
-from engine.errors import LabelError, RecipeError
+from engine.errors import LabelError
 from engine.storage import StorageConfig, Uri
 from engine.training.kinds import FitOutput, FitSettings
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
@@ -52,7 +52,7 @@ def run(recipe: FitRecipe) -> Outcome:
     """Fit on training workers under Ray Train, the first of which publishes the bundle."""
     from engine.cluster_head import joins_cluster
     from engine.on_ray import machines_of_cluster, ray_session, run_training
-    from engine.sizing import share_of_workers
+    from engine.sizing import require_room_here, share_of_workers
     from engine.this_machine import machines_here
 
     run_id = new_run_id("fit")
@@ -68,12 +68,7 @@ def run(recipe: FitRecipe) -> Outcome:
         share = share_of_workers(recipe.strategy, machines_of_cluster())
         if not joins_cluster(None):
             share = replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
-        if not share.fits and not joins_cluster(None):
-            raise RecipeError(
-                f"strategy.workers: no room for {workers} workers on this machine",
-                found=f"{share.gpus:.0f} GPUs for each were wanted",
-                way_out="ask for fewer workers or devices, or submit the job to a cluster",
-            )
+            require_room_here(share, recipe.strategy)
         if not share.fits:
             say(f"the cluster has no room for {workers} workers now; waiting for it to grow")
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):

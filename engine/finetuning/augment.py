@@ -137,7 +137,8 @@ def _layers(config: AugmentConfig) -> Any:
     if config.brightness:
         yield layers.RandomBrightness(config.brightness, value_range=PIXEL_RANGE)
     if config.contrast:
-        yield layers.RandomContrast(config.contrast, value_range=PIXEL_RANGE)
+        # Of one number Keras would only raise contrast (3.15).
+        yield layers.RandomContrast((config.contrast, config.contrast), value_range=PIXEL_RANGE)
     if config.saturation:
         factor = (0.5 - config.saturation, 0.5 + config.saturation)
         yield layers.RandomSaturation(factor, value_range=(0.0, 1.0))
@@ -150,9 +151,8 @@ def _cropped(pixels_PSS3: tf.Tensor, numbers_P4: tf.Tensor, most: float) -> tf.T
     aspect ratio, and where it is."""
     area_P = 1 - most * numbers_P4[:, 0]
     low, high = (float(tf.math.log(ratio)) for ratio in ASPECT_RATIOS)
-    ratio_P = tf.exp(low + (high - low) * numbers_P4[:, 1])
-    height_P = tf.minimum(tf.sqrt(area_P / ratio_P), 1.0)
-    width_P = tf.minimum(tf.sqrt(area_P * ratio_P), 1.0)
+    ratio_P = tf.clip_by_value(tf.exp(low + (high - low) * numbers_P4[:, 1]), area_P, 1 / area_P)
+    height_P, width_P = tf.sqrt(area_P / ratio_P), tf.sqrt(area_P * ratio_P)
     upper_P, left_P = numbers_P4[:, 2] * (1 - height_P), numbers_P4[:, 3] * (1 - width_P)
     boxes_P4 = tf.stack([upper_P, left_P, upper_P + height_P, left_P + width_P], axis=1)
     side = pixels_PSS3.shape[1]

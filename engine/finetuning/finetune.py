@@ -28,34 +28,37 @@ from engine.backbones.fingerprint import fingerprint, fingerprint_fields, tensor
 from engine.backbones.kinds import build_backbone
 from engine.config import canonical_json
 from engine.embedder import canary_pixels
-from engine.errors import ContractMismatch, LabelError, OverBudget, RecipeError
+from engine.errors import ContractMismatch, EngineError, LabelError, OverBudget
 from engine.finetuning.augment import Augmenter
 from engine.finetuning.comparison import Comparison, compare
 from engine.finetuning.images import ImageRows
-from engine.finetuning.kinds import FinetuneSettings, require_whole_network
+from engine.finetuning.kinds import (
+    FinetuneLimits,
+    FinetuneSettings,
+    require_trainable_head,
+    require_whole_network,
+)
 from engine.finetuning.loop import Course, Images, Trainee, Watch, finetune
 from engine.finetuning.step import Classifier, compile_embed, compile_step
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
 from engine.heads.bundle import Bundle, TrainedHead, publish_bundle
-from engine.heads.kinds import AnyHeadConfig, KnnHeadConfig, open_head
+from engine.heads.kinds import AnyHeadConfig, open_head
 from engine.heads.network import compile_logits
 from engine.images import DECODE_VERSION
-from engine.recipes import Limits
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.schema import SCHEMA_VERSION
 from engine.storage import StorageConfig, Store
-from engine.strategies.base import is_chief
-from engine.strategies.kinds import open_strategy
+from engine.strategies.base import Agreed, agreement, is_chief
 from engine.training import metrics
 from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate
 from engine.training.judgement import JUDGED
 from engine.training.loop import Report, TrainingResult, TrainingRows, train_heads
-from engine.training.multi_label import binary_cross_entropy, share_right
+from engine.training.multi_label import share_right
 from engine.training.partition import Partition, partition
 from engine.training.passes import row_weights
 from engine.training.scaling import Scaling
-from engine.training.step import build_optimizer, hold_rows
+from engine.training.step import build_optimizer, cross_entropies, hold_rows
 
 log = logging.getLogger(__name__)
 WATCHED_AT_ONCE = 1024  # images that are read from the disk for judging
@@ -82,6 +85,7 @@ class FinetuneSummary(TypedDict):
 
 
 def finetune_backbone(
+    strategy: tf.distribute.Strategy,
     rows: ImageRows,
     settings: FinetuneSettings,
     storage: StorageConfig,
@@ -95,6 +99,7 @@ def finetune_backbone(
     publishes; the others have None to say. What was interrupted goes on from its last checkpoint.
 
     Args:
+        strategy: opened, before images were read: that is when workers meet.
         rows: all images.
         settings: the recipe; all of it (of a subclass too) goes into the bundle's recipe.json.
         bundle: the head to begin with; None: `settings.head` is fitted first.
@@ -105,13 +110,12 @@ def finetune_backbone(
         LabelError, RecipeError, ContractMismatch: something does not go together.
         OverBudget: more samples without an image than the limits allow.
         WeightsError, StorageError: something cannot be read or written.
-        EngineError: the devices are in use, or the loss became infinite.
+        EngineError: the loss became infinite.
     """
     started = time.perf_counter()
     config = settings.backbone
     require_whole_network(config)
     _require_budget(rows, settings.limits)
-    strategy = open_strategy(settings.strategy)
     chief = is_chief(strategy)
     heard = report if chief else _unheard
     parted = partition(rows.samples, settings.task, settings.labels, settings.split, storage)
@@ -125,6 +129,8 @@ def finetune_backbone(
     embed = compile_embed(reference.network, reference.scaling)
     images = _images(rows, parted, settings)
     everyone = np.arange(len(targets.array))
+    training = _digest(images, parted, reference, bundle, settings)
+    _refuse_other_images(training, agreement(strategy))
     embeddings_ND = _embedded(embed, images, everyone)
     if bundle is not None:
         _refuse_other_head(bundle, reference, settings, targets.names)
@@ -138,12 +144,7 @@ def finetune_backbone(
     before = _logits(head_network, embeddings_ND, rows_of)
     del embeddings_ND
     head_epochs = len(head_course.history) if head_course else 0
-    checkpoints = Checkpoints(
-        bundle_store,
-        _digest(images, reference, head_config, bundle, settings),
-        settings.training.checkpoint_seconds,
-        writes=chief,
-    )
+    checkpoints = Checkpoints(bundle_store, training, settings.training.checkpoint_seconds, writes=chief)
     learnt = _learn(
         strategy,
         (head_config, head_network),
@@ -238,7 +239,7 @@ def _learn(  # noqa: PLR0913, PLR0917
         optimizer.build(classifier.learning)
     step = compile_step(strategy, classifier, optimizer, Augmenter(settings.augment, config.seed), config)
     trainee = Trainee(strategy, classifier, optimizer, step)
-    watch = _watch(classifier, images, validation)
+    watch = _watch(classifier, images, validation, config.label_smoothing)
     course = finetune(trainee, images, watch, config, report, checkpoints)
     return _Learnt(unfrozen, course, [np.array(weight) for weight in learner.network.weights])
 
@@ -321,7 +322,12 @@ def _head_phase(
     held = hold_rows(strategy, rows.embeddings_ND, rows.targets_N)
     candidate = Candidate(settings.head, phase.optimizer)
     (trained,) = train_heads(
-        [candidate], strategy, rows, phase.training, lambda epoch: report({**epoch, "phase": "head"}), held
+        [candidate],
+        strategy,
+        rows,
+        phase.training.as_of_fit(),
+        lambda epoch: report({**epoch, "phase": "head"}),
+        held,
     )
     network = trained.network
     if scaling:
@@ -349,8 +355,11 @@ def _logits(
     return {name: logits(embeddings_ND, rows_of[name]) for name in JUDGED}
 
 
-def _watch(classifier: Classifier, images: Images, validation: NDArray[np.int64]) -> Watch:
-    """Loss and accuracy on the validation images with the weights that there are."""
+def _watch(
+    classifier: Classifier, images: Images, validation: NDArray[np.int64], label_smoothing: float
+) -> Watch:
+    """Loss and accuracy on the validation images with the weights that there are. The loss is the one that is trained:
+    without its label smoothing the confident head of the first phase would look better than what follows it."""
     embed = compile_embed(classifier.backbone, classifier.scaling)
     logits = compile_logits(classifier.head_network)
     wanted = images.targets_N[validation]
@@ -359,9 +368,8 @@ def _watch(classifier: Classifier, images: Images, validation: NDArray[np.int64]
         if not len(validation):
             return ()
         found_VK = logits(_embedded(embed, images, validation))
-        if wanted.ndim == 2:
-            return binary_cross_entropy(found_VK, wanted), share_right(found_VK, wanted)
-        return metrics.cross_entropy(found_VK, wanted), metrics.accuracy(found_VK, wanted)
+        loss = float(np.mean(cross_entropies(tf.constant(found_VK), tf.constant(wanted), label_smoothing)))
+        return loss, (share_right if wanted.ndim == 2 else metrics.accuracy)(found_VK, wanted)
 
     return watch
 
@@ -385,17 +393,12 @@ def _refuse_other_head(
             wanted=fingerprint(fields),
             way_out="give the backbone of the table that it was fitted on, or leave `bundle` out: a new head is fitted",
         )
-    if isinstance(manifest.head, KnnHeadConfig) or manifest.side_features:
-        raise RecipeError(
-            f"bundle {bundle.store.uri}: its head cannot be trained further with images alone",
-            found=manifest.head.kind + (", with side features" if manifest.side_features else ""),
-            way_out="leave `bundle` out: a new head is fitted",
-        )
-    if manifest.task != settings.task or manifest.classes != classes:
+    require_trainable_head(bundle, settings.task)
+    if manifest.classes != classes:
         raise LabelError(
             f"bundle {bundle.store.uri}: it answers with other classes than these images have",
-            found=f"{manifest.task}: {_named(manifest.classes)}",
-            wanted=f"{settings.task}: {_named(classes)}",
+            found=_named(manifest.classes),
+            wanted=_named(classes),
             way_out="correct the labels, or leave `bundle` out: a new head is fitted",
         )
 
@@ -404,7 +407,7 @@ def _named(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
 
 
-def _require_budget(rows: ImageRows, limits: Limits) -> None:
+def _require_budget(rows: ImageRows, limits: FinetuneLimits) -> None:
     rejects = sum(rows.rejects.values())
     samples = len(rows) + rejects
     if rejects > limits.max_reject_fraction * samples or (
@@ -435,28 +438,48 @@ def _policy(precision: str) -> Iterator[None]:
 
 def _digest(
     images: Images,
+    parted: Partition,
     reference: Backbone,
-    head: AnyHeadConfig,
     bundle: Bundle | None,
     settings: FinetuneSettings,
 ) -> str:
     """Of all that training hangs on. Not of the strategy, which changes no more than a last bit."""
+    config, network = settings.backbone, reference.network
     facts = {
         "engine": __version__,
-        "tensors": tensor_digest(reference.network),
-        "scaling": asdict(reference.scaling),
-        "head": open_head(head).stated.model_dump(mode="json"),
+        "backbone": fingerprint_fields(
+            reference, DECODE_VERSION, config.resize, "float32", tensor_digest(network)
+        ),
+        "head": open_head(bundle.manifest.head if bundle else settings.head).stated.model_dump(mode="json"),
         "bundle": bundle and bundle.id,
         "settings": settings.model_dump(
-            mode="json", include={"head_phase", "unfreeze", "augment", "optimizer", "training"}
+            mode="json",
+            include={"head_phase", "unfreeze", "augment", "optimizer", "training"},
+            exclude={"training": {"checkpoint_seconds", "images_at_once"}},
         ),
     }
     digest = hashlib.sha256(canonical_json(facts).encode())
     for text in images.rows.samples["sha256"].to_pylist():
         digest.update(text)
-    for array in (images.numbers_N, images.targets_N, images.train, images.weights_N):
+    for array in (
+        images.numbers_N,
+        images.targets_N,
+        images.train,
+        images.weights_N,
+        parted.rows_of["validation"],
+    ):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _refuse_other_images(training: str, agreed: Agreed) -> None:
+    """Each worker reads labels, weights and images for itself: with others than the chief's it would wait for ever."""
+    mine = float(int(training[:12], 16))  # 48 bits are exact
+    if agreed(np.array([mine]))[0] != mine:
+        raise EngineError(
+            "finetune: the workers have read different images, labels or weights",
+            way_out="run again when nothing writes to the source, the label file or the weights any more",
+        )
 
 
 def _phases(

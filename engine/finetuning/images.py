@@ -2,7 +2,7 @@
 
 They are decoded once, at the size of the backbone's input, and read again in every epoch in another order: a page of a
 local disk is read in a fraction of the time in which an image is decoded, and a shuffle over all of them needs no
-window. Shape letters: N rows, S side in pixels, P rows of a portion.
+window. Shape letters: N rows, M images in the order in which they came, S side in pixels, P rows of a portion.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ImageRows:
 
     samples: pa.Table
     rejects: Mapping[str, int]
-    _pixels_MSS3: NDArray[np.uint8]  # in the order in which they came
+    _pixels_MSS3: NDArray[np.uint8]
     _places_N: NDArray[np.int64]  # where each is among those
 
     def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -105,6 +105,7 @@ def _require_room(folder: Path, size: int, images: int) -> None:
         raise EngineError(
             f"finetune: no room for more decoded images in {folder} of a worker",
             found=f"{free / 1e9:.1f} GB free there, after {images:,} images",
+            wanted=f"{(size + NO_ROOM_LEFT) / 1e9:.1f} GB, most of which stays free",
             way_out="set TMPDIR to a larger disk, take a smaller backbone.input_size, or fine-tune on fewer images",
         )
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
 from engine.errors import RecipeError
-from engine.heads.kinds import CustomHeadConfig, HeadConfig, LinearHeadConfig, MlpHeadConfig
+from engine.heads.kinds import (
+    CustomHeadConfig,
+    HeadConfig,
+    KnnHeadConfig,
+    LinearHeadConfig,
+    MlpHeadConfig,
+)
 from engine.recipes import Limits
 from engine.storage import Uri
 from engine.strategies.kinds import Mirrored, StrategyConfig
@@ -18,13 +24,19 @@ from engine.training.kinds import (
     CalibrationConfig,
     GradientOptimizerConfig,
     LabelsConfig,
+    LbfgsConfig,
     OptimizerConfig,
     SplitConfig,
     Task,
     TrainingConfig,
 )
 
-PHASE_OPTIMIZER = AdamConfig(learning_rate=0.003)
+if TYPE_CHECKING:
+    from engine.heads.bundle import Bundle
+
+# What a block of the recipe does not say; other defaults than `fit` has.
+PHASE_OPTIMIZER = {"kind": "adam", "learning_rate": 0.003}
+OPTIMIZER = {"kind": "adam", "learning_rate": 1e-5, "warmup_epochs": 1.0, "schedule": "cosine"}
 
 
 class UnfreezeConfig(Config):
@@ -74,7 +86,7 @@ class AugmentConfig(Config):
     """Left and right change places, of every other image."""
     crop: float = Field(default=0.0, ge=0, lt=1)
     """Largest share of an image's area that is cut away before it is brought to size again, with aspect ratios from 3:4
-    to 4:3. 0: none."""
+    to 4:3 as far as the area leaves room for them. 0: none."""
     rotation: float = Field(default=0.0, ge=0, le=180)
     """Degrees at most, to either side; what comes in from outside is the image, mirrored."""
     translation: float = Field(default=0.0, ge=0, lt=1)
@@ -100,13 +112,64 @@ class AugmentConfig(Config):
         return self
 
 
+class HeadPhaseTraining(Config):
+    """As `training` of `fit`, of which it has these fields."""
+
+    epochs: int = Field(default=100, ge=1)
+    """As of `fit`."""
+    batch_size: int = Field(default=256, ge=1)
+    """As of `fit`."""
+    patience: int = Field(default=3, ge=1)
+    """As of `fit`."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """As of `fit`."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """As of `fit`."""
+    standardise: bool = False
+    """As of `fit`."""
+    seed: int = Field(default=0, ge=0)
+    """As of `fit`."""
+
+    def as_of_fit(self) -> TrainingConfig:
+        """Embeddings are held in memory, and there are no checkpoints: it takes seconds."""
+        return TrainingConfig(**self.model_dump(), rows="memory")
+
+
 class HeadPhase(Config):
     """Fitting a new head on embeddings of the frozen backbone, before any of it is unfrozen."""
 
-    optimizer: OptimizerConfig = PHASE_OPTIMIZER
-    """As of `fit`."""
-    training: TrainingConfig = TrainingConfig()
-    """As of `fit`."""
+    optimizer: Annotated[
+        OptimizerConfig, BeforeValidator(lambda found: _completed(found, PHASE_OPTIMIZER))
+    ] = AdamConfig.model_validate(PHASE_OPTIMIZER)
+    """As of `fit`, but with a learning rate of 0.003 where none is given for adam or adamw."""
+    training: HeadPhaseTraining = HeadPhaseTraining()
+    """How long and in what portions."""
+
+
+def _completed(found: object, defaults: dict[str, object]) -> object:
+    """A recipe's block, with what it does not say."""
+    if not isinstance(found, dict):
+        return found
+    if defaults is PHASE_OPTIMIZER and found.get("kind", "adam") not in ("adam", "adamw"):
+        return found
+    return defaults | found
+
+
+class FinetuneLimits(Config):
+    """What makes a reject, and how many are too many. A shard that cannot be read to its end is one too many."""
+
+    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Rejects / samples above which nothing is trained, with exit code 3."""
+    max_rejects: int | None = Field(default=None, ge=0)
+    """Rejects above which nothing is trained, with exit code 3; null: no such limit."""
+    max_pixels: int = Limits.model_fields["max_pixels"].default
+    """As of `extract`."""
+    max_sample_bytes: int = Limits.model_fields["max_sample_bytes"].default
+    """As of `extract`."""
+
+    def as_of_extract(self) -> Limits:
+        """For its readers."""
+        return Limits(**self.model_dump())
 
 
 class FinetuneTrainingConfig(Config):
@@ -120,8 +183,8 @@ class FinetuneTrainingConfig(Config):
     """Images that a device computes on at once; a step sums the gradients of as many portions as it takes. null: its
     whole share of the batch."""
     patience: int = Field(default=3, ge=1)
-    """Epochs in a row without a lower validation loss after which training stops. The weights with the lowest
-    validation loss are kept, those from before the first epoch among them."""
+    """Epochs in a row without a lower validation loss (with the label smoothing of training) after which training
+    stops. The weights with the lowest one are kept, those from before the first epoch among them."""
     class_weights: Literal["none", "balanced"] = "none"
     """As of `fit`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -129,7 +192,8 @@ class FinetuneTrainingConfig(Config):
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of a step's whole gradient; a longer one is shortened to it. null: as it is."""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
-    """Of the arithmetic of the backbone while it learns; weights, head and judgement are float32."""
+    """Of the arithmetic of the backbone while it learns and is watched; weights, head, and what is judged and published
+    in the end are float32."""
     seed: int = Field(default=0, ge=0)
     """Of the order of the images in each epoch, of augmentation and of dropout."""
     checkpoint_seconds: float = Field(default=300.0, ge=0)
@@ -160,16 +224,17 @@ class FinetuneSettings(Config):
     optimizer: Annotated[
         GradientOptimizerConfig,
         Field(discriminator="kind"),
-        BeforeValidator(lambda found: {"kind": "adam"} | found if isinstance(found, dict) else found),
-    ] = AdamConfig(learning_rate=1e-5, warmup_epochs=1.0, schedule="cosine")
-    """How weights follow gradients. A rate that suits a head forgets what the backbone knows."""
+        BeforeValidator(lambda found: _completed(found, OPTIMIZER)),
+    ] = AdamConfig.model_validate(OPTIMIZER)
+    """How weights follow gradients; where the recipe does not say otherwise adam, at a learning rate of 0.00001 that
+    rises for an epoch and falls along a cosine. A rate that suits a head forgets what the backbone knows."""
     training: FinetuneTrainingConfig = FinetuneTrainingConfig()
     """How long and in what portions."""
     calibration: CalibrationConfig = CalibrationConfig()
     """How confidences are made honest."""
     strategy: StrategyConfig = Mirrored()
     """How the work is laid on devices."""
-    limits: Limits = Limits()
+    limits: FinetuneLimits = FinetuneLimits()
     """What makes a reject, and how many are too many."""
     publish: Literal["if_better", "always"] = "if_better"
     """`if_better`: the bundle that is there stays where fine-tuning did not raise the share of right answers on the
@@ -179,8 +244,16 @@ class FinetuneSettings(Config):
     def _head_can_learn(self) -> Self:
         if not isinstance(self.head, LinearHeadConfig | MlpHeadConfig | CustomHeadConfig):
             raise ValueError(f"head: {self.head.kind} does not learn by gradients; linear, mlp or custom do")
-        if self.task == "multi_label" and self.training.class_weights != "none":
-            raise ValueError("training.class_weights: classes of multi_label rows have no weights")
+        weighted = [self.training.class_weights, self.head_phase.training.class_weights] != ["none", "none"]
+        if self.task == "multi_label" and weighted:
+            raise ValueError("class_weights: classes of multi_label rows have no weights")
+        if self.task == "multi_label" and self.calibration.precisions != CalibrationConfig().precisions:
+            raise ValueError("calibration.precisions: classes of multi_label rows have thresholds of best F1")
+        if self.task == "single_label" and self.labels.separator is not None:
+            raise ValueError("labels.separator: a single_label row has one label; set task to multi_label")
+        drops = isinstance(self.head, MlpHeadConfig) and self.head.dropout > 0
+        if drops and isinstance(self.head_phase.optimizer, LbfgsConfig):
+            raise ValueError("head_phase.optimizer: lbfgs cannot train a head with dropout; set it to 0")
         return self
 
 
@@ -203,4 +276,26 @@ def require_whole_network(config: BackboneConfig) -> None:
             f"backbone.layer: {config.layer}: a network that is cut cannot be fine-tuned",
             wanted="layer: null",
             way_out="leave backbone.layer out",
+        )
+
+
+def require_trainable_head(bundle: Bundle, task: Task) -> None:
+    """Refuse a bundle whose head cannot be trained further with images alone.
+
+    Raises:
+        RecipeError: with what its head is.
+    """
+    manifest, way_out = bundle.manifest, "leave `bundle` out: a new head is fitted"
+    if isinstance(manifest.head, KnnHeadConfig) or manifest.side_features:
+        raise RecipeError(
+            f"bundle {bundle.store.uri}: its head cannot be trained further with images alone",
+            found=manifest.head.kind + (", with side features" if manifest.side_features else ""),
+            way_out=way_out,
+        )
+    if manifest.task != task:
+        raise RecipeError(
+            f"bundle {bundle.store.uri}: its head is of another task",
+            found=manifest.task,
+            wanted=task,
+            way_out=way_out,
         )

@@ -101,7 +101,7 @@ def finetune(
         checkpoints: where to begin, if an earlier run was interrupted, and to write what this one comes to.
 
     Raises:
-        EngineError: the loss became infinite or NaN in the first epoch.
+        EngineError: the loss became infinite or NaN before any epoch was better than none.
         StorageError: whether there is a checkpoint cannot be said.
     """
     return _Run(trainee, images, watch, config, report, checkpoints).run()
@@ -136,7 +136,9 @@ class _Run:
             self._best = self._weights()
         stopped = None
         while stopped is None and self._epoch <= self._config.epochs:
-            stopped = self._one_epoch()
+            # Before the epoch: one that was interrupted may have used up its patience.
+            stopped = self._out_of_patience() or self._one_epoch()
+        stopped = stopped or self._out_of_patience()
         self._set_weights(self._best)
         told = stopped or f"all {self._config.epochs} epochs were run; {_kept(self._best_epoch)}"
         waiting = self._waited_s / self._stepping_s if self._stepping_s else 0.0
@@ -170,12 +172,17 @@ class _Run:
     def _end_epoch(self) -> str | None:
         config, epoch = self._config, self._epoch
         train_loss = float(self._agreed(np.array([self._loss_sum / max(self._weight_sum, 1e-30)]))[0])
-        if not math.isfinite(train_loss):
-            if not self._best_epoch and not self._history:
-                raise _diverged(epoch, train_loss)
-            return f"the loss was {train_loss} in epoch {epoch}; {_kept(self._best_epoch)}"
-        watched = self._agreed_watch()
+        watched = self._agreed_watch() if math.isfinite(train_loss) else ()
         loss, accuracy = watched or (None, None)
+        lost = next((one for one in (train_loss, loss) if one is not None and not math.isfinite(one)), None)
+        if lost is None and loss is None and not all(np.isfinite(some).all() for some in self._weights()):
+            lost = math.nan
+        if lost is not None:
+            if not self._best_epoch:
+                raise _diverged(epoch, lost)
+            told = f"the loss was {lost} in epoch {epoch}; {_kept(self._best_epoch)}"
+            log.warning(told)
+            return told
         self._history.append(Epoch(epoch, train_loss, loss, accuracy))
         if loss is None or loss < self._best_loss:
             self._best_epoch, self._best_loss = epoch, math.inf if loss is None else loss
@@ -184,9 +191,17 @@ class _Run:
         self._epoch, self._steps_done, self._loss_sum, self._weight_sum = epoch + 1, 0, 0.0, 0.0
         if self._checkpoints.is_due:
             self._checkpoints.write(self._state())
-        if loss is not None and epoch - self._best_epoch >= config.patience:
-            return f"the validation loss did not fall for {config.patience} epochs; {_kept(self._best_epoch)}"
         return None
+
+    def _out_of_patience(self) -> str | None:
+        """Why no further epoch is run, if none is."""
+        if not self._history or self._history[-1].validation_loss is None:
+            return None
+        if self._history[-1].epoch - self._best_epoch < self._config.patience:
+            return None
+        return (
+            f"the validation loss did not fall for {self._config.patience} epochs; {_kept(self._best_epoch)}"
+        )
 
     def _read_ahead(
         self, batches: Sequence[Batch], begin: int

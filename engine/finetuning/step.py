@@ -1,7 +1,7 @@
 """Optimizer steps of a backbone and its head together, under a strategy. Not for: which images go into them.
 
-Shape letters: N images held, B images of a global batch with padding, R replicas, P images of one portion of a
-replica's share, S side in pixels, D embedding width, K classes.
+Shape letters: B images of a global batch with padding, R replicas, P images of one portion of a replica's share, S side
+in pixels, D embedding width, K classes, L dropouts of the head, W numbers of its widest layer, H of one of its layers.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def compile_step(
         def portion(places_P: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
             with tf.GradientTape() as tape:
                 summed = tf.reduce_sum(losses(places_P))
-            found = tape.gradient(summed, variables)
+            # A custom head may have variables that its logits do not use.
+            found = tape.gradient(summed, variables, unconnected_gradients="zero")
             return summed, [tf.convert_to_tensor(gradient) for gradient in found]
 
         loss, gradients = portion(first + tf.range(at_once))

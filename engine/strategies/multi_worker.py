@@ -26,6 +26,6 @@ def open_multi_worker(config: MultiWorker) -> tf.distribute.Strategy:
             f"strategy.workers: this process is not one of {config.workers}",
             found=f"TF_CONFIG {described!r}",
             wanted=f"the addresses of {config.workers} workers",
-            way_out="start it through `engine fit`, which starts all of them",
+            way_out="start it through the `engine` command, which starts all of them",
         )
     return tf.distribute.MultiWorkerMirroredStrategy()

@@ -1,6 +1,7 @@
 """Fine-tuning: what it is worth on two real image sets, and how fast it is beside a Keras `fit` written by hand.
 
     python -m tests.benchmarks.finetuning [--only sets | throughput] [--quick]
+    python -m tests.benchmarks.finetuning shards digits FOLDER     (that set as a tar shard, split as with seed 0)
 
 Sets: EfficientNet-Lite0 (ImageNet weights) at 96 px, all layers but BatchNorm unfrozen, three seeds of split and order;
 test accuracy of the head on frozen features, and after fine-tuning.
@@ -136,7 +137,13 @@ def _set_recipe(shards: Path, out: Path, seed: int, epochs: int) -> dict[str, An
         },
         "augment": {"flip": False, "crop": 0.2, "rotation": 8, "translation": 0.05},
         "optimizer": {"kind": "adam", "learning_rate": 3e-4, "warmup_epochs": 1, "schedule": "cosine"},
-        "training": {"epochs": epochs, "batch_size": 32, "patience": epochs, "seed": seed},
+        "training": {
+            "epochs": epochs,
+            "batch_size": 32,
+            "patience": epochs,
+            "label_smoothing": 0.1,
+            "seed": seed,
+        },
         "strategy": {"kind": "one_device"},
         "publish": "always",
         "output": {"uri": str(out)},
@@ -257,7 +264,7 @@ def by_hand(archive: Path, weights: Path, epochs: int) -> None:
     model = keras.Model(inputs, logits)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # XLA, which Keras would take by itself, is many times slower on a CPU.
-    model.compile(keras.optimizers.Adam(1e-5), loss, ["accuracy"], jit_compile=False)
+    model.compile(keras.optimizers.Adam(1e-5), loss, metrics=["accuracy"], jit_compile=False)
     model.fit(training, validation_data=validation, epochs=epochs, verbose=0)
 
 
@@ -267,6 +274,12 @@ def by_hand(archive: Path, weights: Path, epochs: int) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["by-hand"]:
         by_hand(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+        return
+    if sys.argv[1:2] == ["shards"]:
+        if (found_set := SETS[sys.argv[2]]()) is None:
+            raise SystemExit(f"{sys.argv[2]}: its package is not installed")
+        pixels_NSS3, classes, halves = found_set
+        _write_set(Path(sys.argv[3]), pixels_NSS3, classes, split_of(len(classes), halves, 0))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -55,7 +55,7 @@ def limit(forward: float, decode: float, on_gpu: bool) -> float:
 
 
 def forward_only(options: argparse.Namespace) -> Rates:
-    """Images/s by setting: the engine's runtime, called by 1, 2 or 4 threads; OpenVINO's own queue beside it."""
+    """Images/s by setting: the engine's runtime, called by some threads; OpenVINO's own queue beside it."""
     # OpenVINO's shapes are fixed: there the engine's own batch size cuts whatever it is given.
     # On a GPU the engine's batches have one size, too, and several are on their way at once.
     batch_size = {} if options.runtime == "openvino" or options.gpu else {"batch_size": max(options.batches)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from engine.finetuning.augment import Augmenter
+from engine.finetuning.augment import Augmenter, _cropped
 from engine.finetuning.kinds import AugmentConfig
 
 SIDE = 24
@@ -92,6 +92,32 @@ def test_mixing_takes_of_another_image_what_it_takes_of_its_label(config: Augmen
     np.testing.assert_allclose(1 - taken, share.numpy(), atol=1e-4)
     assert share.numpy().std() > 0.1
     assert 0.3 < share.numpy().mean() < 0.95
+
+
+def test_contrast_is_raised_and_lowered() -> None:
+    spread = np.concatenate(
+        [
+            changed(KINDS["contrast"], step, list(range(8))).std(axis=(1, 2, 3))
+            / photos(8).std(axis=(1, 2, 3))
+            for step in range(4)
+        ]
+    )
+    assert (spread < 0.95).any() and (spread > 1.05).any()
+
+
+@pytest.mark.parametrize("most", [0.05, 0.5])
+def test_no_more_is_cut_away_than_is_allowed(most: float) -> None:
+    """Of an image that is a ramp from left to right and from top to bottom, by how steep its cut is."""
+    ramp = np.arange(SIDE, dtype=np.float32)
+    image = np.zeros((1, SIDE, SIDE, 3), np.float32)
+    image[0, :, :, 0], image[0, :, :, 1] = ramp[None, :], ramp[:, None]
+    numbers = np.random.default_rng(0).random((500, 4)).astype(np.float32)
+    cut = _cropped(tf.repeat(tf.constant(image), 500, axis=0), tf.constant(numbers), most).numpy()
+    width = (cut[:, 0, -1, 0] - cut[:, 0, 0, 0]) / (SIDE - 1)
+    height = (cut[:, -1, 0, 1] - cut[:, 0, 0, 1]) / (SIDE - 1)
+    assert (width * height).min() >= 1 - most - 1e-3
+    assert (width * height).min() < 1 - 0.9 * most
+    assert np.abs(np.log(width / height)).max() > 0.8 * min(np.log(4 / 3), -np.log(1 - most))
 
 
 def test_flips_happen_to_about_half_of_the_images() -> None:

@@ -64,12 +64,18 @@ def test_a_new_backbone_is_extracted_with_and_its_bundle_scores(engine: Engine, 
 
 
 def test_what_did_not_help_leaves_with_3_and_the_old_bundle(engine: Engine, folder: Path) -> None:
-    recipe = write_recipe(folder, "finetune.yaml", RECIPE.format(folder=folder, publish="if_better"))
-    ended = engine("finetune", recipe, "--json", "--set", "optimizer.learning_rate=1e-30")
+    recipe = write_recipe(folder, "finetune.yaml", RECIPE.format(folder=folder, publish="always"))
+    ended = engine("finetune", recipe, "--json", "--set", "training.epochs=1")
+    assert ended.code == 0, ended.stderr
+    before = {path.name: path.read_bytes() for path in (folder / "finetuned").iterdir()}
+    assert "bundle.json" in before
+    ended = engine(
+        "finetune", recipe, "--json", "--set", "publish=if_better", "--set", "optimizer.learning_rate=1e-30"
+    )
     assert ended.code == 3, ended.stderr
     assert "it did not help" in ended.stderr
     assert ended.summary["bundle"] is None
-    assert not (folder / "finetuned").exists() or not list((folder / "finetuned").iterdir())
+    assert {path.name: path.read_bytes() for path in (folder / "finetuned").iterdir()} == before
 
 
 def test_the_plan_counts_what_learns_and_touches_nothing(engine: Engine, folder: Path) -> None:
@@ -86,7 +92,8 @@ def test_the_plan_counts_what_learns_and_touches_nothing(engine: Engine, folder:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("source.label=null", "labels: the images have none"),
+        ("source.label=null", "labels.label: the images have no 'label'"),
+        ("split.column=fold", "split.column: the images have no 'fold'"),
         ("unfreeze={top_layers: 1}", "nothing of efficientnet_lite0 would learn"),
         ("backbone.layer=block5_add", "a network that is cut cannot be fine-tuned"),
         ("source.pattern=nothing.tar", "no shards"),
@@ -98,8 +105,9 @@ def test_what_cannot_work_is_said_before_anything_starts(
     engine: Engine, folder: Path, change: str, told: str
 ) -> None:
     recipe = write_recipe(folder, "finetune.yaml", RECIPE.format(folder=folder, publish="always"))
-    ended = engine("finetune", recipe, "--plan", "--set", change)
+    ended = engine("finetune", recipe, "--set", change)
     assert ended.code != 0
+    assert not (folder / "finetuned").exists()
     assert told in ended.stderr
 
 

@@ -85,7 +85,7 @@ def test_every_recipe_loads_and_says_its_command(repository: Path) -> None:
 def test_recipes_in_the_readme_load(repository: Path, tmp_path: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n# (\w+)\.yaml\n(.*?)```", text, re.DOTALL)
-    assert {verb for verb, _ in blocks} == {"extract", "fit", "score"}
+    assert {verb for verb, _ in blocks} == {"extract", "fit", "finetune", "score"}
     for verb, block in blocks:
         path = tmp_path / f"{verb}.yaml"
         path.write_text(block, encoding="utf-8")
