@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from engine.errors import ClusterError, RecipeError
@@ -369,18 +369,23 @@ def share_of_workers(strategy: AnyStrategyConfig, machines: Machines) -> WorkerS
     return WorkerShare(1.0, float(gpus), fits=_room(machines.node_gpus, gpus) >= strategy.workers)
 
 
-def require_room_here(share: WorkerShare, strategy: AnyStrategyConfig) -> None:
-    """Refuse workers for which this one machine has no room: nothing will come to it.
+def share_of_workers_here(strategy: AnyStrategyConfig, machine: Machines, cpus: float) -> WorkerShare:
+    """The same on one machine with a Ray of its own, which is told of more cores than there are.
+
+    Args:
+        cpus: that there are.
 
     Raises:
-        RecipeError: with what was wanted.
+        RecipeError: there is no room for the workers, and nothing will come to it.
     """
+    share = share_of_workers(strategy, machine)
     if not share.fits:
         raise RecipeError(
             f"strategy.workers: no room for {strategy.workers} workers on this machine",
             found=f"{share.gpus:.0f} GPUs for each were wanted",
             way_out="ask for fewer workers or devices, or submit the job to a cluster",
         )
+    return replace(share, cpus=min(share.cpus, max(1.0, cpus // strategy.workers)))
 
 
 def _most_for_each(amounts: Sequence[float], workers: int) -> int:

@@ -422,14 +422,13 @@ def _precision_of_recipe(recipe: ExtractRecipe) -> dict[str, str]:
 
 def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved: Resolution) -> Record:
     """Write `_table.json`, or agree with the one that is there."""
+    from engine.backbones.fingerprint import fingerprint_contract
     from engine.tables import claim_table
 
     rows_per_part = _rows_per_part(recipe, record)
     contract = {
         **_contract_of_recipe(recipe, record),
-        "runtime.precision": resolved.runtime.precision,
-        **{f"fingerprint.{name}": value for name, value in resolved.fingerprint_fields.items()},
-        "fingerprint": resolved.fingerprint,
+        **fingerprint_contract(resolved.fingerprint_fields),
     }
     return claim_table(
         table,

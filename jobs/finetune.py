@@ -106,13 +106,11 @@ def _layout(recipe: FinetuneRecipe, machines: Machines, cpus_here: float) -> tup
         ClusterError: the workers would take every core that there is, and wait for images for ever.
     """
     from engine.cluster_head import joins_cluster
-    from engine.sizing import require_room_here, share_of_workers
+    from engine.sizing import share_of_workers, share_of_workers_here
 
     workers = recipe.strategy.workers
     if not joins_cluster(None):
-        share = share_of_workers(recipe.strategy, machines)
-        require_room_here(share, recipe.strategy)
-        share = dataclasses.replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
+        share = share_of_workers_here(recipe.strategy, machines, cpus_here)
         return share, _each(recipe, max(1, int(cpus_here) - 1))
     share = share_of_workers(recipe.strategy, _without_a_core_each(machines))
     left = int(machines.cpus - workers * share.cpus)
@@ -164,6 +162,7 @@ def finetune_on_worker(
         readers: tasks that read for this worker at once.
     """
     from engine.backbones.kinds import built_without_weights
+    from engine.finetuning.finetune import finetune_backbone
     from engine.finetuning.images import collect_images
     from engine.finetuning.unfreeze import unfreeze
     from engine.heads.bundle import open_bundle
@@ -175,9 +174,8 @@ def finetune_on_worker(
 
     # First, though it imports TensorFlow: one worker may be done with reading long before another.
     strategy = open_strategy(recipe.strategy)
-    unfreeze(
-        built_without_weights(recipe.backbone), recipe.unfreeze
-    )  # what it refuses is refused before images are read
+    # What this refuses is refused before images are read.
+    unfreeze(built_without_weights(recipe.backbone), recipe.unfreeze)
     bundle = open_bundle(open_store(recipe.bundle.uri, recipe.storage), bundle_id) if recipe.bundle else None
     report({"phase": "reading", "epoch": 0, "epochs": recipe.training.epochs})
     groups = read_tasks(works, readers)
@@ -187,8 +185,6 @@ def finetune_on_worker(
         warnings_of("engine.training", "engine.finetuning") as notes,
         collect_images(rows, shards, recipe.backbone.input_size) as images,
     ):
-        from engine.finetuning.finetune import finetune_backbone
-
         found = finetune_backbone(
             strategy,
             images,

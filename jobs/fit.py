@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,7 @@ def run(recipe: FitRecipe) -> Outcome:
     """Fit on training workers under Ray Train, the first of which publishes the bundle."""
     from engine.cluster_head import joins_cluster
     from engine.on_ray import machines_of_cluster, ray_session, run_training
-    from engine.sizing import require_room_here, share_of_workers
+    from engine.sizing import share_of_workers, share_of_workers_here
     from engine.this_machine import machines_here
 
     run_id = new_run_id("fit")
@@ -65,10 +64,11 @@ def run(recipe: FitRecipe) -> Outcome:
     workers = recipe.strategy.workers
     cpus_here = max(machines_here().cpus, workers)
     with ray_session(None, local_cpus=cpus_here + 1):  # Ray Train's own controller takes part of a core
-        share = share_of_workers(recipe.strategy, machines_of_cluster())
-        if not joins_cluster(None):
-            share = replace(share, cpus=min(share.cpus, max(1.0, cpus_here // workers)))
-            require_room_here(share, recipe.strategy)
+        machines = machines_of_cluster()
+        if joins_cluster(None):
+            share = share_of_workers(recipe.strategy, machines)
+        else:
+            share = share_of_workers_here(recipe.strategy, machines, cpus_here)
         if not share.fits:
             say(f"the cluster has no room for {workers} workers now; waiting for it to grow")
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):

@@ -58,6 +58,15 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
     return stable_hash(dict(fields))
 
 
+def fingerprint_contract(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table's contract says of the network that made it."""
+    return {
+        "runtime.precision": fields["precision"],
+        **{f"fingerprint.{name}": value for name, value in fields.items()},
+        "fingerprint": fingerprint(fields),
+    }
+
+
 def tensor_digest(network: Any) -> str:
     """sha-256, 64 hex digits, over shape, type and little-endian bytes of each weight, in the network's order.
 

@@ -24,7 +24,12 @@ from numpy.typing import NDArray
 
 from engine import __version__
 from engine.backbones.base import Backbone
-from engine.backbones.fingerprint import fingerprint, fingerprint_fields, tensor_digest
+from engine.backbones.fingerprint import (
+    fingerprint,
+    fingerprint_contract,
+    fingerprint_fields,
+    tensor_digest,
+)
 from engine.backbones.kinds import build_backbone
 from engine.config import canonical_json
 from engine.embedder import canary_pixels
@@ -38,7 +43,7 @@ from engine.finetuning.kinds import (
     require_trainable_head,
     require_whole_network,
 )
-from engine.finetuning.loop import Course, Images, Trainee, Watch, finetune
+from engine.finetuning.loop import Course, Finetuning, Images, Trainee, Watch
 from engine.finetuning.step import Classifier, compile_embed, compile_step
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
 from engine.heads.bundle import Bundle, TrainedHead, publish_bundle
@@ -48,12 +53,12 @@ from engine.images import DECODE_VERSION
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.schema import SCHEMA_VERSION
 from engine.storage import StorageConfig, Store
-from engine.strategies.base import Agreed, agreement, is_chief
+from engine.strategies.base import agreement, is_chief, require_same
 from engine.training import metrics
 from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate
 from engine.training.judgement import JUDGED
-from engine.training.loop import Report, TrainingResult, TrainingRows, train_heads
+from engine.training.loop import Report, TrainingResult, TrainingRows, train_heads, unheard
 from engine.training.multi_label import share_right
 from engine.training.partition import Partition, partition
 from engine.training.passes import row_weights
@@ -61,6 +66,7 @@ from engine.training.scaling import Scaling
 from engine.training.step import build_optimizer, cross_entropies, hold_rows
 
 log = logging.getLogger(__name__)
+Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 WATCHED_AT_ONCE = 1024  # images that are read from the disk for judging
 
 
@@ -117,7 +123,7 @@ def finetune_backbone(
     require_whole_network(config)
     _require_budget(rows, settings.limits)
     chief = is_chief(strategy)
-    heard = report if chief else _unheard
+    heard = report if chief else unheard
     parted = partition(rows.samples, settings.task, settings.labels, settings.split, storage)
     targets, rows_of = parted.targets, parted.rows_of
     if not any(len(rows_of[name]) for name in JUDGED):
@@ -128,21 +134,30 @@ def finetune_backbone(
     reference = build_backbone(config, storage)  # in float32, and as it answers
     embed = compile_embed(reference.network, reference.scaling)
     images = _images(rows, parted, settings)
-    everyone = np.arange(len(targets.array))
     training = _digest(images, parted, reference, bundle, settings)
-    _refuse_other_images(training, agreement(strategy))
-    embeddings_ND = _embedded(embed, images, everyone)
+    require_same(
+        training,
+        agreement(strategy),
+        EngineError(
+            "finetune: the workers have read different images, labels or weights",
+            way_out="run again when nothing writes to the source, the label file or the weights any more",
+        ),
+    )
+    head_config: AnyHeadConfig
     if bundle is not None:
         _refuse_other_head(bundle, reference, settings, targets.names)
-        head_config: AnyHeadConfig = bundle.manifest.head
+        head_config, head_course = bundle.manifest.head, None
         with strategy.scope():
             head_network = bundle.network()
-        head_course = None
+        frozen = {name: _embedded(embed, images, rows_of[name]) for name in JUDGED}
     else:
+        embeddings_ND = _embedded(embed, images, np.arange(len(targets.array)))
         head_config = settings.head
         head_network, head_course = _head_phase(strategy, embeddings_ND, parted, settings, heard)
-    before = _logits(head_network, embeddings_ND, rows_of)
-    del embeddings_ND
+        frozen = {name: embeddings_ND[rows_of[name]] for name in JUDGED}
+        del embeddings_ND
+    logits = compile_logits(head_network)
+    before = {name: logits(frozen.pop(name)) for name in JUDGED}
     head_epochs = len(head_course.history) if head_course else 0
     checkpoints = Checkpoints(bundle_store, training, settings.training.checkpoint_seconds, writes=chief)
     learnt = _learn(
@@ -159,7 +174,6 @@ def finetune_backbone(
         return None
     unfrozen, course = learnt.unfrozen, learnt.course
     reference.network.set_weights(learnt.tensors)
-    logits = compile_logits(head_network)
     after = {name: logits(_embedded(embed, images, rows_of[name])) for name in JUDGED}
     split = "test" if len(rows_of["test"]) else "validation"
     comparison = compare(split, before[split], after[split], targets.array[rows_of[split]])
@@ -194,11 +208,7 @@ def finetune_backbone(
         trainable=unfrozen.trainable,
         frozen=unfrozen.frozen,
         comparison=comparison.to_json(),
-        metrics={
-            name: (figures := verdict.metrics[name])
-            and {word: figures[word] for word in targets.summary_metrics}
-            for name in JUDGED
-        },
+        metrics=targets.summary(verdict),
         head_epochs=head_epochs,
         epochs=len(course.history),
         best_epoch=course.best_epoch,
@@ -240,7 +250,7 @@ def _learn(  # noqa: PLR0913, PLR0917
     step = compile_step(strategy, classifier, optimizer, Augmenter(settings.augment, config.seed), config)
     trainee = Trainee(strategy, classifier, optimizer, step)
     watch = _watch(classifier, images, validation, config.label_smoothing)
-    course = finetune(trainee, images, watch, config, report, checkpoints)
+    course = Finetuning(trainee, images, watch, config, report, checkpoints).run()
     return _Learnt(unfrozen, course, [np.array(weight) for weight in learner.network.weights])
 
 
@@ -287,11 +297,7 @@ def publish_backbone(store: Store, backbone: Backbone, storage: StorageConfig) -
     return {
         "kind": "embeddings",
         "schema_version": SCHEMA_VERSION,
-        "contract": {
-            "runtime.precision": runtime.precision,
-            **{f"fingerprint.{name}": value for name, value in named.items()},
-            "fingerprint": fingerprint(named),
-        },
+        "contract": fingerprint_contract(named),
         "fingerprint": fingerprint(named),
         "tensor_digest": digest,
         "width": loaded.width,
@@ -337,22 +343,13 @@ def _head_phase(
     return network, trained.result
 
 
-def _embedded(
-    embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]], images: Images, labelled: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _embedded(embed: Embed, images: Images, labelled: NDArray[np.int64]) -> NDArray[np.float32]:
     """(N, D) of some labelled images; no more of them are in memory at once than are computed on."""
     portions = [
         embed(images.pixels(labelled[start : start + WATCHED_AT_ONCE]))
         for start in range(0, max(1, len(labelled)), WATCHED_AT_ONCE)
     ]
     return np.concatenate(portions)
-
-
-def _logits(
-    network: keras.Model, embeddings_ND: NDArray[np.float32], rows_of: Mapping[str, NDArray[np.int64]]
-) -> dict[str, NDArray[np.float32]]:
-    logits = compile_logits(network)
-    return {name: logits(embeddings_ND, rows_of[name]) for name in JUDGED}
 
 
 def _watch(
@@ -472,30 +469,11 @@ def _digest(
     return digest.hexdigest()
 
 
-def _refuse_other_images(training: str, agreed: Agreed) -> None:
-    """Each worker reads labels, weights and images for itself: with others than the chief's it would wait for ever."""
-    mine = float(int(training[:12], 16))  # 48 bits are exact
-    if agreed(np.array([mine]))[0] != mine:
-        raise EngineError(
-            "finetune: the workers have read different images, labels or weights",
-            way_out="run again when nothing writes to the source, the label file or the weights any more",
-        )
-
-
 def _phases(
     head: TrainingResult | None, course: Course, unfrozen: Unfrozen, num_replicas: int
 ) -> dict[str, Any]:
     """How training went, for metrics.json: epochs of the second phase count on from those of the first."""
     head_epochs = len(head.history) if head else 0
-    first = (
-        {
-            "history": [asdict(epoch) for epoch in head.history],
-            "best_epoch": head.best_epoch,
-            "stopped": head.stopped,
-        }
-        if head
-        else None
-    )
     second = {
         "initial_epoch": head_epochs,
         "history": [{**asdict(epoch), "epoch": head_epochs + epoch.epoch} for epoch in course.history],
@@ -503,8 +481,9 @@ def _phases(
         "stopped": course.stopped,
         "waiting_for_images": course.waiting,
     }
-    return {"num_replicas": num_replicas, "unfrozen": asdict(unfrozen), "head": first, "backbone": second}
-
-
-def _unheard(report: dict[str, Any]) -> None:
-    """What workers beside the first one report: the same."""
+    return {
+        "num_replicas": num_replicas,
+        "unfrozen": asdict(unfrozen),
+        "head": head and head.facts(),
+        "backbone": second,
+    }

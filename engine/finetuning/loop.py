@@ -83,15 +83,8 @@ class Course:
     waiting: float
 
 
-def finetune(
-    trainee: Trainee,
-    images: Images,
-    watch: Watch,
-    config: FinetuneTrainingConfig,
-    report: Report,
-    checkpoints: Checkpoints,
-) -> Course:
-    """Train until the validation loss has not fallen for `patience` epochs, and leave the best weights.
+class Finetuning:
+    """Trains until the validation loss has not fallen for `patience` epochs, and leaves the best weights.
 
     Without validation images all epochs are run and the last weights are kept.
 
@@ -99,15 +92,8 @@ def finetune(
         watch: must give the same on every worker.
         report: called once per epoch with epoch, epochs, train_loss, validation_loss, validation_accuracy.
         checkpoints: where to begin, if an earlier run was interrupted, and to write what this one comes to.
-
-    Raises:
-        EngineError: the loss became infinite or NaN before any epoch was better than none.
-        StorageError: whether there is a checkpoint cannot be said.
     """
-    return _Run(trainee, images, watch, config, report, checkpoints).run()
 
-
-class _Run:
     def __init__(
         self,
         trainee: Trainee,
@@ -130,6 +116,12 @@ class _Run:
         self._waited_s, self._stepping_s = 0.0, 0.0
 
     def run(self) -> Course:
+        """All of it.
+
+        Raises:
+            EngineError: the loss became infinite or NaN before any epoch was better than none.
+            StorageError: whether there is a checkpoint cannot be said.
+        """
         if not self._restored():
             watched = self._agreed_watch()
             self._best_loss = watched[0] if watched else math.inf
@@ -155,9 +147,8 @@ class _Run:
         for place, (pixels, targets, weights_RB) in self._read_ahead(batches, self._steps_done):
             started = time.perf_counter()
             pending.append((self._step(first + place, pixels, targets, weights_RB), float(weights_RB.sum())))
-            if (
-                len(pending) > BATCHES_AHEAD
-            ):  # the device has something to do while the next one is made ready
+            # The device has something to do while the next one is made ready.
+            if len(pending) > BATCHES_AHEAD:
                 self._count(pending.pop(0))
             self._stepping_s += time.perf_counter() - started
             self._steps_done = place + 1

@@ -82,6 +82,20 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver is None or resolver.task_id in (None, 0)
 
 
+def require_same(digest: str, agreed: Agreed, otherwise: EngineError) -> None:
+    """Refuse what one worker has read otherwise than the chief: they would wait for each other for ever.
+
+    Args:
+        digest: of all that training hangs on, hex.
+
+    Raises:
+        EngineError: `otherwise`.
+    """
+    mine = float(int(digest[:12], 16))  # 48 bits are exact
+    if agreed(np.array([mine]))[0] != mine:
+        raise otherwise
+
+
 def agreement(strategy: tf.distribute.Strategy) -> Agreed:
     """What makes workers decide alike: of numbers that each has computed, the first replica's.
 

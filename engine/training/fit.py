@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,14 +26,14 @@ from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.heads.side_features import SideEncoder
 from engine.storage import StorageConfig, Store
-from engine.strategies.base import Agreed, agreement, is_chief
+from engine.strategies.base import agreement, is_chief, require_same
 from engine.strategies.kinds import open_strategy
 from engine.training.checkpoints import Checkpoints
 from engine.training.grid import Candidate, best_of, candidates, grid_report
 from engine.training.judgement import JUDGED
 from engine.training.kinds import FitSettings
 from engine.training.labels import LabelledRows
-from engine.training.loop import Report, TrainingResult, TrainingRows, out_of_fold_logits, train_heads
+from engine.training.loop import Report, TrainingRows, out_of_fold_logits, train_heads, unheard
 from engine.training.partition import partition
 from engine.training.rows import Rows, RowSource, empty_rows, fill_rows
 from engine.training.scaling import Scaling
@@ -112,7 +112,14 @@ def fit_head(
     embeddings_ND = _gathered(source, labelled.positions_N, width, side_NE, place)
     rows = TrainingRows(embeddings_ND, targets.array, rows_of["train"], rows_of["validation"])
     digest = _training_digest(rows, width, tried, settings, record)
-    _refuse_other_rows(digest, agreed)
+    require_same(
+        digest,
+        agreed,
+        EngineError(
+            "training: the workers have read different rows or labels",
+            way_out="run again when nothing writes to the embedding table or the label file any more",
+        ),
+    )
     scaling = None
     if settings.training.standardise:
         scaling = Scaling.of(embeddings_ND, rows.train)
@@ -126,7 +133,7 @@ def fit_head(
         settings.training.checkpoint_seconds,
         writes=chief,
     )
-    heard = report if chief else _unheard
+    heard = report if chief else unheard
     trained = train_heads(tried, strategy, rows, settings.training, heard, held, checkpoints)
     best = best_of(trained, tried)
     head, network, training = tried[best].head, trained[best].network, trained[best].result
@@ -167,7 +174,7 @@ def fit_head(
         metrics={
             **verdict.metrics,
             **parted.facts(),
-            "training": _course(training, strategy.num_replicas_in_sync),
+            "training": {**training.facts(), "num_replicas": strategy.num_replicas_in_sync},
             "grid": grid_report(tried, trained, best),
         },
         recipe=settings.model_dump(mode="json"),
@@ -178,11 +185,7 @@ def fit_head(
         bundle=bundle.store.uri,
         rows=sum(len(rows) for rows in rows_of.values()),
         classes=len(targets.names),
-        metrics={
-            name: (figures := verdict.metrics[name])
-            and {word: figures[word] for word in targets.summary_metrics}
-            for name in JUDGED
-        },
+        metrics=targets.summary(verdict),
         heads_tried=len(tried),
         published=tried[best].to_json(),
         suspect_labels=None if suspects is None else len(suspects),
@@ -227,10 +230,6 @@ def _gathered(
     return rows_ND
 
 
-def _unheard(report: dict[str, Any]) -> None:
-    """What workers beside the first one report: the same."""
-
-
 def _training_digest(
     rows: TrainingRows,
     width: int,
@@ -258,30 +257,9 @@ def _training_digest(
     return digest.hexdigest()
 
 
-def _refuse_other_rows(digest: str, agreed: Agreed) -> None:
-    """Each worker reads for itself: a part that was written between two of them would let them wait for each other."""
-    mine = float(int(digest[:12], 16))  # 48 bits are exact
-    if agreed(np.array([mine]))[0] != mine:
-        raise EngineError(
-            "training: the workers have read different rows or labels",
-            way_out="run again when nothing writes to the embedding table or the label file any more",
-        )
-
-
 def _nothing_to_choose_by(count: int, settings: FitSettings) -> LabelError:
     return LabelError(
         "grid: no validation rows to choose a head by",
         found=f"{count} heads, split.validation {settings.split.validation}",
         way_out="give split.validation a share of the rows, or leave the grid out",
     )
-
-
-def _course(training: TrainingResult, num_replicas: int) -> dict[str, Any]:
-    """How training went, for metrics.json."""
-    return {
-        "epochs": len(training.history),
-        "best_epoch": training.best_epoch,
-        "stopped": training.stopped,
-        "num_replicas": num_replicas,
-        "history": [asdict(epoch) for epoch in training.history],
-    }

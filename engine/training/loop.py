@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 
+def unheard(report: dict[str, Any]) -> None:
+    """A `Report` of workers beside the first one: they would say the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
     """Rows and which of them are for what. Row numbers count from 0 within the arrays."""
@@ -67,6 +71,15 @@ class TrainingResult:
     history: tuple[Epoch, ...]
     best_epoch: int
     stopped: str  # a sentence on why training ended
+
+    def facts(self) -> dict[str, Any]:
+        """How training went, for metrics.json."""
+        return {
+            "epochs": len(self.history),
+            "best_epoch": self.best_epoch,
+            "stopped": self.stopped,
+            "history": [asdict(epoch) for epoch in self.history],
+        }
 
 
 @dataclass(frozen=True, slots=True)

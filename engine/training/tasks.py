@@ -82,6 +82,14 @@ class Targets(ABC):
         }
         return self._verdict(splits, config)
 
+    def summary(self, verdict: Verdict) -> dict[str, dict[str, float] | None]:
+        """The figures of both splits that a person is shown; None without rows."""
+        return {
+            name: (figures := verdict.metrics[name])
+            and {word: figures[word] for word in self.summary_metrics}
+            for name in JUDGED
+        }
+
     @abstractmethod
     def _verdict(self, splits: Mapping[str, JudgedRows], config: CalibrationConfig) -> Verdict:
         """The same, of both splits."""
