@@ -1,7 +1,7 @@
 """Resolutions kept on this node: a network that was frozen and judged here before needs no Keras and no TensorFlow.
 
 An entry is named after all that decides what is in it: the recipe's backbone and runtime, the state of the weights (a
-file's identity, as `engine.backbones.weights` uses it), this engine's own source, the libraries' versions, the
+file's identity, as `engine.backbones.fetch` uses it), this engine's own source, the libraries' versions, the
 processor. So an entry is never wrong and never brought up to date; what is old goes when room is needed, and the
 folder `networks` of the cache may be deleted at any time. Where it cannot be written there are simply no entries.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine
-from engine.backbones.weights import node_cache, weights_identity
+from engine.backbones.fetch import node_cache, weights_identity
 from engine.config import stable_hash
 
 if TYPE_CHECKING:

@@ -206,8 +206,14 @@ def export(
 
 
 @app.command()
-def backbones(
-    name: Annotated[str | None, typer.Argument(help="Show this one; without it, list all names.")] = None,
+def backbones(  # noqa: PLR0913, PLR0917 (each is an option)
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Show this one, or the network in a .keras file, or in a SavedModel's folder/ or .tar.gz by its URI; "
+            "without it, list all names."
+        ),
+    ] = None,
     input_size: Annotated[int, typer.Option(help="Side of the square input in pixels.")] = 224,
     pooling: Annotated[
         PoolingName, typer.Option(help="How a feature map becomes one vector.")
@@ -220,6 +226,9 @@ def backbones(
             help="Also list its layers: index, name, kind, parameters; for `unfreeze` of a recipe.",
         ),
     ] = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     as_json: Json = False,
 ) -> None:
     """List the backbones, or show one: parameters, trainable and frozen, layers, width, scaling."""
@@ -231,7 +240,14 @@ def backbones(
     if name is None and layers:
         raise typer.BadParameter("--layers belongs to one NAME")
     if name is not None:
-        facts = describe_backbone(name, input_size, pooling.value, layer, layers)
+        facts = describe_backbone(
+            name,
+            input_size,
+            pooling.value,
+            layer,
+            layers,
+            _storage("backbones", endpoint_url, region, anonymous),
+        )
         rows = facts.pop("layer_table", None)
         if rows is not None and as_json:
             facts["layer_table"] = rows

@@ -175,7 +175,7 @@ def finetune_on_worker(
     # First, though it imports TensorFlow: one worker may be done with reading long before another.
     strategy = open_strategy(recipe.strategy)
     # What this refuses is refused before images are read.
-    unfreeze(built_without_weights(recipe.backbone), recipe.unfreeze)
+    unfreeze(built_without_weights(recipe.backbone, recipe.storage), recipe.unfreeze)
     bundle = open_bundle(open_store(recipe.bundle.uri, recipe.storage), bundle_id) if recipe.bundle else None
     report({"phase": "reading", "epoch": 0, "epochs": recipe.training.epochs})
     groups = read_tasks(works, readers)
@@ -226,7 +226,7 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded: nothing is computed
     works, _ = _look(recipe)
-    network = built_without_weights(recipe.backbone)
+    network = built_without_weights(recipe.backbone, recipe.storage)
     unfrozen = unfreeze(network, recipe.unfreeze)
     return {
         "verb": "finetune",
@@ -248,13 +248,13 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
 def _look(recipe: FinetuneRecipe) -> tuple[WorkList, str | None]:
     """The shards, and the id of the bundle to begin with; refuses what is known to be wrong before Ray starts."""
     from engine.errors import ObjectNotFound
-    from engine.finetuning.kinds import require_trainable_head, require_whole_network
+    from engine.finetuning.kinds import require_learning_network, require_trainable_head
     from engine.heads.bundle import open_bundle
     from engine.shards.kinds import open_reader
     from engine.storage import open_store
     from engine.worklist import ShardWork, WorkList
 
-    require_whole_network(recipe.backbone)
+    require_learning_network(recipe.backbone)
     _require_columns(recipe)
     bundle_id = None
     if recipe.bundle is not None:

@@ -23,7 +23,7 @@ class PixelScaling:
     """How byte pixels become the numbers a network was trained on: perhaps RGB -> BGR, then one line per channel."""
 
     name: str
-    """Of the convention, for people: tf, caffe, torch, none (the network scales inside), lite0."""
+    """Of the convention, for people: tf, caffe, torch, unit, none (the network scales inside), lite0, own."""
     multiply: tuple[float, float, float]
     """Factor of each channel, in the order after the swap."""
     add: tuple[float, float, float]
@@ -51,6 +51,8 @@ class Backbone:
     network: Any
     """keras.Model: scaled pixels (B, S, S, 3) float32 -> embeddings (B, D) float32; nothing in it is trainable."""
     scaling: PixelScaling
+    architecture: str
+    """Which network it is, before its tensors; of one from a file a digest of what the file says of it."""
 
     @property
     def input_size(self) -> int:

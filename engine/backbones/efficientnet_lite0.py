@@ -56,7 +56,7 @@ def build(config: EfficientNetLite0Config, storage: StorageConfig) -> Backbone:
         load_package_weights(network)
     else:
         load_as_stated(network, config, storage)
-    return Backbone(config, cut_and_freeze(network, config), PIXEL_SCALING)
+    return Backbone(config, cut_and_freeze(network, config), PIXEL_SCALING, config.architecture())
 
 
 def build_lite0(input_size: int, include_top: bool = False) -> Any:

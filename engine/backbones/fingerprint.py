@@ -3,7 +3,8 @@
 What goes in, and why (`fingerprint_fields` is the list; adding, dropping or respelling a field changes every
 fingerprint there is, so it is pinned by a golden test):
 
-    architecture    kind and name of the network; with the tensors it says which function is computed
+    architecture    kind and name of the network, or a digest of its layers or graph where it comes from a file; with
+                    the tensors it says which function is computed
     tensor_digest   sha-256 over the tensors as loaded: their shapes, types and bytes, in the network's own order.
                     Names are left out, because Keras numbers them per process; so is where the weights came
                     from, so that a private copy of the ImageNet file has the fingerprint of the original
@@ -37,7 +38,7 @@ def fingerprint_fields(
     """The plain mapping that `fingerprint` hashes and `_table.json` keeps, so that two can be told apart by field."""
     scaling = backbone.scaling
     return {
-        "architecture": backbone.config.architecture(),
+        "architecture": backbone.architecture,
         "tensor_digest": tensor_digest,
         "layer": backbone.config.layer,
         "pooling": backbone.config.pooling,

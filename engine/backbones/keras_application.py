@@ -10,7 +10,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,11 @@ import numpy as np
 
 from engine.backbones.base import Backbone, PixelScaling, require_keras
 from engine.backbones.cut import cut_and_freeze
+from engine.backbones.fetch import once_per_node
 from engine.backbones.kinds import unknown_name
-from engine.backbones.weights import (
-    load_as_stated,
-    once_per_node,
-    python_random_kept,
-)
-from engine.errors import BackboneError, RecipeError, WeightsError
+from engine.backbones.scaling import CONVENTIONS, probed_scaling, same_numbers, stated_scaling
+from engine.backbones.weights import load_as_stated, python_random_kept
+from engine.errors import RecipeError, WeightsError
 
 if TYPE_CHECKING:
     from engine.backbones.kinds import KerasApplicationConfig
@@ -43,7 +40,9 @@ def build(config: KerasApplicationConfig, storage: StorageConfig) -> Backbone:
         load_as_stated(network, config, storage)
         if config.weights_are_a_file:
             network = _as_imagenet_was_trained(network)
-    return Backbone(config, cut_and_freeze(network, config), pixel_scaling(config.name))
+    return Backbone(
+        config, cut_and_freeze(network, config), pixel_scaling(config.name), config.architecture()
+    )
 
 
 def network_names() -> list[str]:
@@ -65,38 +64,8 @@ def pixel_scaling(name: str) -> PixelScaling:
     """
     applications = require_keras().applications
     module = getattr(applications, _constructor(name).__module__.rsplit(".", 1)[1])
-    multiply, add, bgr = _probed(module.preprocess_input, name)
-    shared = applications.imagenet_utils.preprocess_input
-    known = {mode: _probed(partial(shared, mode=mode), mode) for mode in ("tf", "caffe", "torch")}
-    known["none"] = ((1.0,) * 3, (0.0,) * 3, False)
-    convention = next((mode for mode, found in known.items() if found == (multiply, add, bgr)), "own")
-    return PixelScaling(convention, multiply, add, bgr)
-
-
-Triple = tuple[float, float, float]
-
-
-def _probed(preprocess: Callable[[np.ndarray], Any], name: str) -> tuple[Triple, Triple, bool]:
-    """(multiply, add, bgr) of a preprocessing function; ten digits, so that rounding inside Keras stays out."""
-    black_and_primaries = 255.0 * np.vstack([np.zeros(3), np.eye(3)])
-    add, *primaries = np.asarray(preprocess(black_and_primaries.reshape(1, 1, 4, 3).copy())).reshape(4, 3)
-    response = (np.stack(primaries) - add) / 255.0  # row: channel in, column: channel out
-    bgr = abs(response[0, 0]) < abs(response[0, 2])
-    multiply = np.diagonal(response[::-1] if bgr else response)
-    greys = np.arange(256.0).repeat(3).reshape(1, 16, 16, 3) * (1.0, 0.5, 0.25)
-    expected = (greys[..., ::-1] if bgr else greys) * multiply + add
-    if not np.allclose(np.asarray(preprocess(greys.copy())), expected, rtol=0.0, atol=1e-6):
-        raise BackboneError(
-            f"{name}: its preprocess_input cannot be put into a graph",
-            found="something else than a line per channel",
-            wanted="RGB or BGR, then a factor and an offset per channel",
-        )
-    return _rounded(multiply), _rounded(add), bool(bgr)
-
-
-def _rounded(values: np.ndarray) -> Triple:
-    red, green, blue = (float(f"{value:.10g}") + 0.0 for value in values)
-    return red, green, blue
+    found = probed_scaling("own", module.preprocess_input)
+    return next((known for known in map(stated_scaling, CONVENTIONS) if same_numbers(known, found)), found)
 
 
 def _constructor(name: str) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.storage import StorageConfig
 
 WEIGHT_FILE_ENDINGS = (".weights.h5", ".h5", ".keras")
+ARCHIVE_ENDINGS = (".tar.gz", ".tgz", ".tar")  # of a SavedModel in one file
 
 Pooling = Literal["avg", "max"]
 Resize = Literal["stretch", "letterbox", "center_crop"]
@@ -29,14 +30,10 @@ Resize = Literal["stretch", "letterbox", "center_crop"]
 class NetworkConfig(Config):
     """What every backbone's recipe says besides the network itself."""
 
-    weight_words: ClassVar[tuple[str, ...]]  # what `weights` may be besides a URI
-
     weights: str
-    """One of the kind's own words, or a URI of a .weights.h5, .h5 or .keras file."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of `weights: random`: the same seed gives the same tensors on every machine. Otherwise without effect."""
+    """Where the network's weights are; what it may say differs from kind to kind."""
     weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Wanted sha-256 (64 hex digits) of the weights file, where `weights` is a URI; null: not checked."""
+    """Wanted sha-256 (64 hex digits) of the weights file, where `weights` is the URI of one; null: not checked."""
     input_size: int = Field(ge=1)
     """Side of the square input, pixels. Any size the network allows; features are best near the trained one."""
     pooling: Pooling = "avg"
@@ -45,6 +42,27 @@ class NetworkConfig(Config):
     """Name of the layer where the network is cut; null: its last one before the classifier."""
     resize: Resize = "stretch"
     """How images become squares: stretch; letterbox (padded, aspect kept); center_crop (aspect kept, borders lost)."""
+
+    @property
+    def weights_are_a_file(self) -> bool:
+        """Whether `weights` is the URI of one file, which has a digest."""
+        return True
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is the URI of several files."""
+        return False
+
+
+class BuiltNetworkConfig(NetworkConfig):
+    """A network that is built here, layer by layer, and then filled."""
+
+    weight_words: ClassVar[tuple[str, ...]]  # what `weights` may be besides a URI
+
+    weights: str
+    """One of the kind's own words, or a URI of a .weights.h5, .h5 or .keras file."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of `weights: random`: the same seed gives the same tensors on every machine. Otherwise without effect."""
 
     @field_validator("weights")
     @classmethod
@@ -70,11 +88,11 @@ class NetworkConfig(Config):
 
     @property
     def weights_are_a_file(self) -> bool:
-        """Whether `weights` is a URI rather than one of the kind's words."""
+        """Rather than one of the kind's words."""
         return self.weights not in self.weight_words
 
 
-class KerasApplicationConfig(NetworkConfig):
+class KerasApplicationConfig(BuiltNetworkConfig):
     """A network of keras.applications, without its classifier."""
 
     weight_words = ("imagenet", "random")
@@ -90,7 +108,7 @@ class KerasApplicationConfig(NetworkConfig):
         return f"{self.kind}:{self.name}"
 
 
-class EfficientNetLite0Config(NetworkConfig):
+class EfficientNetLite0Config(BuiltNetworkConfig):
     """EfficientNet-Lite0, without its classifier; its ImageNet weights come from the package index."""
 
     weight_words = ("package", "random")
@@ -105,7 +123,86 @@ class EfficientNetLite0Config(NetworkConfig):
         return self.kind
 
 
-BackboneConfig = Annotated[KerasApplicationConfig | EfficientNetLite0Config, Field(discriminator="kind")]
+Channels = tuple[float, float, float]
+Convention = Literal["none", "unit", "tf", "torch", "caffe"]
+
+
+class ScalingConfig(Config):
+    """How byte pixels become what a network takes, channel by channel."""
+
+    multiply: Channels
+    """Factor of each channel of the pixels 0..255."""
+    add: Channels
+    """What is added to each afterwards."""
+    bgr: bool = False
+    """Channels are swapped to blue, green, red first."""
+
+
+class FileNetworkConfig(NetworkConfig):
+    """A network that comes from a file as a whole."""
+
+    scaling: Convention | ScalingConfig
+    """What the network takes: `none`, pixels 0..255 (it scales inside); `unit`, 0..1; `tf`, -1..1; `torch`, 0..1 less
+    ImageNet's means, over its deviations; `caffe`, blue, green, red less ImageNet's means; or numbers of its own. The
+    file does not say it, and features of another scaling are worse without a word."""
+
+
+class KerasFileConfig(FileNetworkConfig):
+    """Any network in a .keras file whose layers are Keras' own; no code is run from the file."""
+
+    kind: Literal["keras_file"]
+    weights: str
+    """URI of the .keras file, as `model.save` of Keras 3 writes it."""
+
+    @field_validator("weights")
+    @classmethod
+    def _is_a_keras_file(cls, value: str) -> str:
+        if not value.endswith(".keras"):
+            raise ValueError(
+                "a URI that ends in .keras; `model.save('x.keras')` of Keras 3 writes such a file"
+            )
+        return uri_in_full(value)
+
+
+class SavedModelConfig(FileNetworkConfig):
+    """A network that TensorFlow saved, as TensorFlow Hub publishes feature vectors; it cannot be fine-tuned."""
+
+    kind: Literal["saved_model"]
+    weights: str
+    """URI of the SavedModel's folder, or of a .tar.gz, .tgz or .tar of it."""
+    signature: str = Field(default="serving_default", min_length=1)
+    """Which of its functions is called; it takes images alone."""
+    output: str | None = Field(default=None, min_length=1)
+    """Which of the function's outputs is the embedding; null: the only one, or the one named `default`."""
+
+    @field_validator("weights")
+    @classmethod
+    def _is_a_place(cls, value: str) -> str:
+        return uri_in_full(value)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.layer is not None:
+            raise ValueError("layer: a SavedModel has no layers to cut at; `output` names one of its outputs")
+        if self.weights_sha256 is not None and self.is_folder:
+            raise ValueError("weights_sha256: of a folder there is none; give an archive of it")
+        return self
+
+    @property
+    def weights_are_a_file(self) -> bool:
+        """An archive is one."""
+        return self.weights.endswith(ARCHIVE_ENDINGS)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whatever is not an archive."""
+        return not self.weights_are_a_file
+
+
+BackboneConfig = Annotated[
+    KerasApplicationConfig | EfficientNetLite0Config | KerasFileConfig | SavedModelConfig,
+    Field(discriminator="kind"),
+]
 
 
 def build_backbone(config: BackboneConfig, storage: StorageConfig) -> Backbone:
@@ -113,28 +210,38 @@ def build_backbone(config: BackboneConfig, storage: StorageConfig) -> Backbone:
 
     Raises:
         RecipeError: no such network or layer, or a size the network refuses.
-        WeightsError: weights are absent, not what their digest says, or do not fit.
+        WeightsError: weights are absent, not what their digest says, do not fit, or would run code.
         BackboneError: this Keras cannot build it.
     """
     if isinstance(config, KerasApplicationConfig):
         from engine.backbones import keras_application
 
         return keras_application.build(config, storage)
+    if isinstance(config, KerasFileConfig):
+        from engine.backbones import keras_file
+
+        return keras_file.build(config, storage)
+    if isinstance(config, SavedModelConfig):
+        from engine.backbones import saved_model
+
+        return saved_model.build(config, storage)
     from engine.backbones import efficientnet_lite0
 
     return efficientnet_lite0.build(config, storage)
 
 
-def built_without_weights(config: BackboneConfig) -> Any:
-    """The network of a recipe with other weights, which are not fetched: for counting its layers and parameters.
+def built_without_weights(config: BackboneConfig, storage: StorageConfig) -> Any:
+    """The network of a recipe, to count its layers and parameters: with random weights where those of the recipe are
+    not needed for that, so that they are not fetched.
 
     Raises:
         RecipeError: no such network or layer, or a size the network refuses.
+        WeightsError, StorageError: the network is a file, and is not there or not to be read.
     """
-    from engine.storage import StorageConfig
-
-    fields = config.model_dump() | {"weights": "random", "weights_sha256": None}
-    return build_backbone(type(config).model_validate(fields), StorageConfig()).network
+    if isinstance(config, BuiltNetworkConfig):
+        fields = config.model_dump() | {"weights": "random", "weights_sha256": None}
+        config = type(config).model_validate(fields)
+    return build_backbone(config, storage).network
 
 
 def backbone_names() -> list[str]:
@@ -150,48 +257,60 @@ def describe_backbone(
     pooling: Pooling = "avg",
     layer: str | None = None,
     with_layers: bool = False,
+    storage: StorageConfig | None = None,
 ) -> dict[str, Any]:
-    """What one network is, without loading weights: parameters (total, trainable, frozen), layers, width, scaling.
+    """What one network is: parameters (total, trainable, frozen), layers, width, scaling. Weights are loaded only where
+    the network is a file.
 
     Args:
-        name: one of `backbone_names()`.
+        name: one of `backbone_names()`, or the URI of a .keras file, of a SavedModel's folder (with a slash at its end)
+            or archive.
         input_size: side of the input, pixels.
         pooling: as in a recipe.
         layer: as in a recipe.
         with_layers: add `layer_table`: index, name, kind and parameters of each.
+        storage: how to reach the file.
 
     Raises:
-        RecipeError: as `build_backbone`.
+        RecipeError, WeightsError, StorageError: as `build_backbone`.
     """
     from engine.storage import StorageConfig
 
-    asked = {"weights": "random", "input_size": input_size, "pooling": pooling, "layer": layer}
+    asked: dict[str, Any] = {"input_size": input_size, "pooling": pooling, "layer": layer}
     config: BackboneConfig
-    if name == "efficientnet_lite0":
-        config = check_recipe(EfficientNetLite0Config, asked, origin=name)
+    if name.endswith(".keras"):
+        asked |= {"kind": "keras_file", "weights": name, "scaling": "none"}
+        config = check_recipe(KerasFileConfig, asked, origin=name)
+    elif name.endswith(("/", *ARCHIVE_ENDINGS)):
+        asked |= {"kind": "saved_model", "weights": name, "scaling": "none"}
+        config = check_recipe(SavedModelConfig, asked, origin=name)
+    elif name == "efficientnet_lite0":
+        config = check_recipe(EfficientNetLite0Config, asked | {"weights": "random"}, origin=name)
     else:
-        config = check_recipe(KerasApplicationConfig, asked | {"name": name}, origin=name)
-    backbone = build_backbone(config, StorageConfig())
+        config = check_recipe(
+            KerasApplicationConfig, asked | {"weights": "random", "name": name}, origin=name
+        )
+    backbone = build_backbone(config, storage or StorageConfig())
     return _description(name, backbone) | (
         {"layer_table": _layer_table(backbone.network)} if with_layers else {}
     )
 
 
 def _description(name: str, backbone: Backbone) -> dict[str, Any]:
-    network = backbone.network
+    network, config = backbone.network, backbone.config
     trainable = sum(math.prod(weight.shape) for weight in network.trainable_weights)
     return {
         "name": name,
-        "kind": backbone.config.kind,
+        "kind": config.kind,
         "parameters": network.count_params(),
         "trainable": trainable,
         "frozen": network.count_params() - trainable,
         "layers": len(network.layers),
         "width": backbone.width,
         "input_size": backbone.input_size,
-        "layer": backbone.config.layer,
-        "pooling": backbone.config.pooling,
-        "scaling": backbone.scaling.name,
+        "layer": config.layer,
+        "pooling": config.pooling,
+        "scaling": "as its recipe says" if isinstance(config, FileNetworkConfig) else backbone.scaling.name,
     }
 
 

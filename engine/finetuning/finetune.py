@@ -9,12 +9,10 @@ import datetime
 import hashlib
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, TypedDict
 
 import keras
@@ -31,6 +29,7 @@ from engine.backbones.fingerprint import (
     tensor_digest,
 )
 from engine.backbones.kinds import build_backbone
+from engine.backbones.save import config_of_saved, saved_weights
 from engine.config import canonical_json
 from engine.embedder import canary_pixels
 from engine.errors import ContractMismatch, EngineError, LabelError, OverBudget
@@ -40,8 +39,8 @@ from engine.finetuning.images import ImageRows
 from engine.finetuning.kinds import (
     FinetuneLimits,
     FinetuneSettings,
+    require_learning_network,
     require_trainable_head,
-    require_whole_network,
 )
 from engine.finetuning.loop import Course, Finetuning, Images, Trainee, Watch
 from engine.finetuning.step import Classifier, compile_embed, compile_step
@@ -120,7 +119,7 @@ def finetune_backbone(
     """
     started = time.perf_counter()
     config = settings.backbone
-    require_whole_network(config)
+    require_learning_network(config)
     _require_budget(rows, settings.limits)
     chief = is_chief(strategy)
     heard = report if chief else unheard
@@ -274,17 +273,9 @@ def publish_backbone(store: Store, backbone: Backbone, storage: StorageConfig) -
         WeightsError: what was written does not load.
     """
     digest = tensor_digest(backbone.network)
-    name = f"backbone.{digest[:8]}.weights.h5"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        backbone.network.save_weights(path)
-        content = path.read_bytes()
+    name, content = saved_weights(backbone)
     store.write(name, content)
-    fields = backbone.config.model_dump() | {
-        "weights": f"{store.uri}/{name}",
-        "weights_sha256": hashlib.sha256(content).hexdigest(),
-    }
-    config = type(backbone.config).model_validate(fields)
+    config = config_of_saved(backbone.config, f"{store.uri}/{name}", content)
     loaded = build_backbone(config, storage)
     if tensor_digest(loaded.network) != digest:
         raise ContractMismatch(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.backbones.kinds import BackboneConfig
+from engine.backbones.kinds import BackboneConfig, KerasFileConfig, SavedModelConfig
 from engine.config import Config
 from engine.errors import RecipeError
 from engine.heads.kinds import (
@@ -265,13 +265,20 @@ class FinetuneOutput(Config):
     when another is published: tables may name them."""
 
 
-def require_whole_network(config: BackboneConfig) -> None:
-    """Refuse a network that is cut: its weights file would lack the layers behind the cut.
+def require_learning_network(config: BackboneConfig) -> None:
+    """Refuse a network that is only a graph, and one whose weights file would lack the layers behind a cut.
 
     Raises:
         RecipeError.
     """
-    if config.layer is not None:
+    if isinstance(config, SavedModelConfig):
+        raise RecipeError(
+            "backbone.kind: a saved_model cannot be fine-tuned",
+            found="a graph, which has no layers",
+            wanted="keras_application, efficientnet_lite0 or keras_file",
+            way_out="fit a head on its embeddings (`engine fit`), or save the network as .keras where it was made",
+        )
+    if config.layer is not None and not isinstance(config, KerasFileConfig):
         raise RecipeError(
             f"backbone.layer: {config.layer}: a network that is cut cannot be fine-tuned",
             wanted="layer: null",

@@ -24,7 +24,13 @@ from tensorflow.python.grappler import tf_optimizer
 
 from engine.runtimes.base import EMBEDDINGS, PIXELS, FrozenGraph, Scaling
 
+_BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 _CONVOLUTIONS = ("Conv2D", "DepthwiseConv2dNative")
+_WITHOUT_STATE = {
+    "StatefulPartitionedCall": "PartitionedCall",
+    "If": "StatelessIf",
+    "While": "StatelessWhile",
+}
 _FACTORS, _SUMMANDS = ("Mul",), ("Add", "AddV2", "BiasAdd")
 
 
@@ -52,6 +58,7 @@ def freeze(network: Any, scaling: Scaling, input_size: int) -> FrozenGraph:
     _leave_compiling_to_the_runtime(graph_def)
     graph_def = _optimised(graph_def, ["function", "constfold", "dependency"])
     _name_depthwise_convolutions(graph_def)
+    _spell_out_batch_norms(graph_def)
     _fold_into_convolutions(graph_def)
     graph_def = tf.compat.v1.graph_util.extract_sub_graph(graph_def, [EMBEDDINGS])
     return FrozenGraph(graph_def.SerializeToString(), input_size, int(network.output_shape[-1]))
@@ -79,13 +86,14 @@ def _constant_graph(function: Any) -> Any:
 
 def _leave_compiling_to_the_runtime(graph_def: Any) -> None:
     """Keras has XLA compile grouped convolutions; on a CPU that is 20 times slower, and hides them from all others."""
+    nodes = list(graph_def.node)
     for function in graph_def.library.function:
         function.attr.clear()
         function.signature.is_stateful = False  # there are no variables in it, whatever Keras' layers say
-    for node in graph_def.node:
-        if node.op in ("PartitionedCall", "StatefulPartitionedCall"):
-            node.op = "PartitionedCall"
-            node.attr.pop("_XlaMustCompile", None)
+        nodes.extend(function.node_def)
+    for node in nodes:
+        node.op = _WITHOUT_STATE.get(node.op, node.op)
+        node.attr.pop("_XlaMustCompile", None)
 
 
 def _name_depthwise_convolutions(graph_def: Any) -> None:
@@ -102,6 +110,29 @@ def _name_depthwise_convolutions(graph_def: Any) -> None:
         node.op = "DepthwiseConv2dNative"
         del node.attr["use_cudnn_on_gpu"]
         node.input[1] = _add_constant(graph_def, f"{node.name}/by_channel", weights.transpose(0, 1, 3, 2))
+
+
+def _spell_out_batch_norms(graph_def: Any) -> None:
+    """A BatchNorm that is one operation (Keras 2 wrote it so) becomes a factor and a summand, as Keras 3 writes it."""
+    nodes = {node.name: node for node in graph_def.node}
+    for node in [node for node in graph_def.node if node.op in _BATCH_NORMS]:
+        values = [_constant(nodes, name) for name in node.input[1:5]]
+        if node.attr["is_training"].b or node.attr["data_format"].s != b"NHWC":
+            continue
+        if any(value is None for value in values):
+            continue
+        scale_C, offset_C, mean_C, variance_C = (np.asarray(value, np.float64) for value in values)
+        factor_C = scale_C / np.sqrt(variance_C + node.attr["epsilon"].f)
+        scaled = graph_def.node.add()
+        scaled.op, scaled.name = "Mul", f"{node.name}/scaled"
+        scaled.input.extend([node.input[0], _add_constant(graph_def, f"{node.name}/factor", factor_C)])
+        summand = _add_constant(graph_def, f"{node.name}/summand", offset_C - mean_C * factor_C)
+        del node.input[:]
+        node.input.extend([scaled.name, summand])
+        node.op = "AddV2"
+        node.attr.clear()
+        for one in (scaled, node):
+            one.attr["T"].type = tf.float32.as_datatype_enum
 
 
 def _optimised(graph_def: Any, optimizers: list[str]) -> Any:

@@ -25,6 +25,29 @@ def small_network(width: int = 7, name: str = "small") -> Any:
     return keras.Model(pixels, x, name=name)
 
 
+def uneven_network(side_px: int = 64, width: int = 24) -> Any:
+    """A network with much that a file must keep: scaling inside, BatchNorms, a depthwise convolution, a sum written as
+    `+`; (side, side, 3) pixels to a feature map of `width` channels; every number at random, seeded."""
+    import keras
+    from keras import layers
+
+    pixels = keras.Input((side_px, side_px, 3), name="pixels")
+    x = layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)
+    x = layers.ReLU(6.0)(
+        layers.BatchNormalization(name="stem_bn")(layers.Conv2D(8, 3, 2, "same", name="stem")(x))
+    )
+    y = layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x))
+    x = x + layers.Activation("swish")(y)
+    x = layers.Conv2D(width, 1, name="head")(x)
+    network = keras.Model(pixels, layers.Activation("relu", name="head_relu")(x), name="uneven")
+    random = np.random.default_rng(3)
+    for weight in network.weights:
+        if weight.dtype == "float32":
+            low = 0.5 if "variance" in weight.path or "gamma" in weight.path else -0.5
+            weight.assign(random.uniform(low, 1.0, weight.shape))
+    return network
+
+
 def fill_with_primes(network: Any) -> None:
     """Other numbers in every tensor, so that a swap of two cannot go unseen; variances stay positive."""
     for index, weight in enumerate(network.weights):

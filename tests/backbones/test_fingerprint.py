@@ -15,7 +15,9 @@ SCALING = PixelScaling("tf", multiply=(0.5, 0.25, 0.125), add=(-1.0, -2.0, -3.0)
 
 
 def fields_of(config: KerasApplicationConfig = CONFIG, precision: str = "float32") -> dict[str, object]:
-    return fingerprint_fields(Backbone(config, None, SCALING), 1, config.resize, precision, "ab" * 32)
+    return fingerprint_fields(
+        Backbone(config, None, SCALING, config.architecture()), 1, config.resize, precision, "ab" * 32
+    )
 
 
 def test_fingerprint_is_this_one_for_ever() -> None:

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 
+from engine.backbones.fetch import cache_folder, fetch_weights
 from engine.backbones.fingerprint import tensor_digest
-from engine.backbones.weights import cache_folder, fetch_weights, load_weights, python_random_kept, randomise
+from engine.backbones.weights import load_weights, python_random_kept, randomise
 from engine.errors import RecipeError, WeightsError
 from engine.storage import StorageConfig, open_store
 from tests.backbones.small_networks import ROOT, fill_with_primes, small_network, tensors
@@ -93,7 +94,7 @@ def test_processes_that_fetch_at_once_get_one_whole_file(tmp_path: Path, own_cac
     source = tmp_path / "w.h5"
     source.write_bytes(bytes(range(256)) * 40_000)
     code = (
-        "import hashlib, sys; from engine.backbones.weights import fetch_weights;"
+        "import hashlib, sys; from engine.backbones.fetch import fetch_weights;"
         "from engine.storage import StorageConfig, open_store;"
         "print(hashlib.sha256(fetch_weights(sys.argv[1], None, StorageConfig()).read_bytes()).hexdigest())"
     )

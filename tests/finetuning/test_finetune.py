@@ -20,9 +20,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from engine.backbones.fingerprint import tensor_digest
-from engine.backbones.kinds import EfficientNetLite0Config, build_backbone
+from engine.backbones.kinds import BackboneConfig, EfficientNetLite0Config, build_backbone
 from engine.errors import EngineError, LabelError, OverBudget, RecipeError
 from engine.extraction import read_parts
 from engine.finetuning import loop
@@ -97,9 +98,8 @@ def trace(folder: Path, **changes: Any) -> dict[str, Any]:
     bundle = open_bundle(open_store(str(folder / "bundle")))
     training = bundle.document("metrics")["training"]
     record = bundle.document("embeddings_table")
-    network = build_backbone(
-        EfficientNetLite0Config.model_validate(record["backbone"]), StorageConfig()
-    ).network
+    config: BackboneConfig = TypeAdapter(BackboneConfig).validate_python(record["backbone"])
+    network = build_backbone(config, StorageConfig()).network
     weights = [*network.get_weights(), *bundle.network().get_weights()]
     return {
         "replicas": training["num_replicas"],

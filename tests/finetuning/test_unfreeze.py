@@ -14,13 +14,14 @@ from engine.backbones.kinds import EfficientNetLite0Config, KerasApplicationConf
 from engine.errors import RecipeError
 from engine.finetuning.kinds import Unfreeze, UnfreezeConfig
 from engine.finetuning.unfreeze import unfreeze
+from engine.storage import StorageConfig
 
 
 @cache
 def network(name: str = "EfficientNetB0") -> Any:
     if name == "lite0":
-        return built_without_weights(EfficientNetLite0Config(input_size=64))
-    return built_without_weights(KerasApplicationConfig(name=name, input_size=64))
+        return built_without_weights(EfficientNetLite0Config(input_size=64), StorageConfig())
+    return built_without_weights(KerasApplicationConfig(name=name, input_size=64), StorageConfig())
 
 
 def test_efficientnetb0_has_the_layers_and_parameters_that_keras_gives_it() -> None:

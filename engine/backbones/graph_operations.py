@@ -1,0 +1,106 @@
+"""Which operations a graph from a file may hold: those that compute on what they are given, and nothing else.
+
+Whatever is not on the list is refused: operations that read or write files, call Python or a process, ask a clock or a
+random number, or keep tables. Names are those of TensorFlow's op registry.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_PASSED_ON = """
+    Cast CheckNumerics Const EnsureShape Fill Identity IdentityN NoOp OnesLike Placeholder PlaceholderWithDefault
+    PreventGradient Rank Shape ShapeN Size Snapshot StopGradient ZerosLike
+"""
+_VARIABLES = """
+    ReadVariableOp ResourceGather VarHandleOp Variable VariableV2
+"""
+_CONTROL = """
+    Assert Enter Exit If LoopCond Merge NextIteration PartitionedCall RefIdentity Select SelectV2
+    StatefulPartitionedCall StatelessIf StatelessWhile Switch While
+"""
+_ARRAYS = """
+    BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatV2 DepthToSpace DynamicStitch ExpandDims
+    ExtractImagePatches Gather GatherNd GatherV2 InvertPermutation LinSpace MirrorPad OneHot Pack Pad PadV2 Range
+    Reshape Reverse ReverseV2 Roll ScatterNd Slice SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice
+    TensorScatterUpdate Tile Transpose Unpack Where
+"""
+_NUMBERS = """
+    Abs Add AddN AddV2 All Any ArgMax ArgMin BatchMatMul BatchMatMulV2 BatchMatMulV3 Ceil ClipByValue Cos Cumsum
+    Div DivNoNan Einsum Equal Erf Erfc Exp Expm1 Floor FloorDiv FloorMod Greater GreaterEqual IsFinite IsInf IsNan
+    L2Loss Less LessEqual Log Log1p LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mod Mul
+    MulNoNan Neg NotEqual Pow Prod RealDiv Reciprocal Rint Round Rsqrt Sigmoid Sign Sin Sqrt Square
+    SquaredDifference Sub Sum Tan Tanh TruncateDiv TruncateMod
+"""
+_LAYERS = """
+    AvgPool BiasAdd BiasAddV1 Conv2D Conv3D DepthwiseConv2dNative Elu FusedBatchNorm FusedBatchNormV2
+    FusedBatchNormV3 LeakyRelu LogSoftmax LRN MaxPool MaxPoolV2 Relu Relu6 Selu Softmax Softplus Softsign TopKV2
+"""
+_IMAGES = """
+    AdjustContrastv2 CropAndResize HSVToRGB ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor RGBToHSV
+"""
+# What brings variables from a checkpoint into them; reads a checkpoint, and nothing else.
+_RESTORING = """
+    Assign AssignVariableOp Const Identity NoOp Pack PartitionedCall Placeholder PlaceholderWithDefault Reshape
+    RestoreV2 ShardedFilename StatefulPartitionedCall StringJoin VarHandleOp Variable VariableV2
+"""
+
+COMPUTING = frozenset(
+    "".join((_PASSED_ON, _VARIABLES, _CONTROL, _ARRAYS, _NUMBERS, _LAYERS, _IMAGES)).split()
+)
+RESTORING = frozenset(_RESTORING.split())
+
+
+def operations(graph_def: Any, nodes: Iterable[Any]) -> Counter[str]:
+    """How often each operation occurs in some nodes of a graph, and in all functions that they call.
+
+    Args:
+        graph_def: for its functions.
+        nodes: where to begin.
+    """
+    functions = {function.signature.name: function for function in graph_def.library.function}
+    found: Counter[str] = Counter()
+    seen: set[str] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        called = [name for name in _functions_of(node) if name in functions]
+        if node.op not in functions:
+            found[node.op] += 1
+        for name in called:
+            if name not in seen:
+                seen.add(name)
+                todo.extend(functions[name].node_def)
+    return found
+
+
+def with_own_function_names(graph_def: Any, prefix: str) -> Any:
+    """A copy whose functions have other names: a process knows each name once, whatever graph it comes from."""
+    renamed = copy.deepcopy(graph_def)
+    names = {
+        function.signature.name: prefix + function.signature.name for function in renamed.library.function
+    }
+    nodes = list(renamed.node)
+    for function in renamed.library.function:
+        function.signature.name = names[function.signature.name]
+        nodes.extend(function.node_def)
+    for gradient in renamed.library.gradient:
+        gradient.function_name = names.get(gradient.function_name, gradient.function_name)
+        gradient.gradient_func = names.get(gradient.gradient_func, gradient.gradient_func)
+    for node in nodes:
+        node.op = names.get(node.op, node.op)
+        for value in node.attr.values():
+            for called in ([value.func] if value.HasField("func") else []) + list(value.list.func):
+                called.name = names.get(called.name, called.name)
+    return renamed
+
+
+def _functions_of(node: Any) -> Iterator[str]:
+    yield node.op
+    for value in node.attr.values():
+        if value.HasField("func"):
+            yield value.func.name
+        yield from (function.name for function in value.list.func)
