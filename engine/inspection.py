@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from engine.errors import BundleError, ObjectNotFound, TableDamaged
-from engine.heads.bundle import MANIFEST, Bundle, open_bundle
+from engine.heads.bundle import MANIFEST, Bundle, open_bundle, report_uri
 from engine.parts import TableProgress
 from engine.storage import Store
 from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER
@@ -73,6 +73,7 @@ def _inspect_bundle(store: Store) -> dict[str, Any]:
         "test": _figures(metrics.get("test")),
         "heads_tried": len(metrics.get("grid", [None])),
         "suspect_labels": suspects and len(suspects["suspects"]),
+        "report": report_uri(bundle),
         "files": files,
         "damaged": damaged,
         "versions": manifest.versions,

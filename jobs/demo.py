@@ -107,6 +107,7 @@ Broken on purpose, and kept as rejects: {rejects}.
   {folder}/embeddings/data/      one row per crop: key, embedding, label ... (Parquet)
   {folder}/embeddings/rejects/   what could not be decoded, and why
   {folder}/bundle/               the fitted head, its metrics, what it belongs to
+  {folder}/bundle/report.html    how good it is, for a browser
   {folder}/predictions/data/     a label and a confidence for every crop (Parquet)
 
 Look:  .venv/bin/python -c "import pyarrow.parquet as pq; print(pq.read_table('{folder}/predictions/data').slice(0, 3))"

@@ -32,7 +32,15 @@ def publish(folder: Path, num_classes: int = 3) -> Store:
         "grid": [{}, {}],
     }
     record = {"fingerprint": "f" * 64, "width": 7}
-    publish_bundle(store, head, table_record=record, metrics=metrics, recipe={}, suspects=[{"key": "a"}])
+    publish_bundle(
+        store,
+        head,
+        table_record=record,
+        metrics=metrics,
+        recipe={},
+        suspects=[{"key": "a"}],
+        report=lambda documents: f"{documents['id']}, {documents['manifest']['created']}",
+    )
     return store
 
 
@@ -45,6 +53,7 @@ def test_a_bundle_is_told_with_its_worth_and_its_files(tmp_path: Path) -> None:
     assert (facts["validation"], facts["heads_tried"], facts["suspect_labels"]) == (None, 2, 1)
     assert set(facts["files"]) == {"head", "matrix", "metrics", "embeddings_table", "recipe", "suspects"}
     assert facts["damaged"] == []
+    assert facts["report"] == f"{tmp_path}/report.html"
 
 
 @pytest.mark.parametrize("role", ["metrics", "suspects", "head"])

@@ -45,10 +45,11 @@ from engine.finetuning.kinds import (
 from engine.finetuning.loop import Course, Finetuning, Images, Trainee, Watch
 from engine.finetuning.step import Classifier, compile_embed, compile_step
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
-from engine.heads.bundle import Bundle, TrainedHead, publish_bundle
+from engine.heads.bundle import REPORT, Bundle, TrainedHead, publish_bundle
 from engine.heads.kinds import AnyHeadConfig, open_head
 from engine.heads.network import compile_logits
 from engine.images import DECODE_VERSION
+from engine.report.page import render_report
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.schema import SCHEMA_VERSION
 from engine.storage import StorageConfig, Store
@@ -73,6 +74,7 @@ class FinetuneSummary(TypedDict):
     """What a fine-tuning says about itself in `--json`; metrics.json in the bundle says everything."""
 
     bundle: str | None  # URI of the bundle; None: the one that was there stays
+    report: str | None  # URI of the page about it
     fingerprint: str | None  # of the new backbone
     backbone: dict[str, Any] | None  # the recipe block to extract with
     rows: int  # labelled images that were used, all splits together
@@ -195,10 +197,12 @@ def finetune_backbone(
                 "training": _phases(head_course, course, unfrozen, strategy.num_replicas_in_sync),
             },
             recipe=settings.model_dump(mode="json"),
+            report=render_report,
         )
     checkpoints.clear()
     summary = FinetuneSummary(
         bundle=bundle_store.uri if record else None,
+        report=f"{bundle_store.uri}/{REPORT}" if record else None,
         fingerprint=record["fingerprint"] if record else None,
         backbone=record["backbone"] if record else None,
         rows=sum(len(some) for some in rows_of.values()),

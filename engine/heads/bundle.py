@@ -8,12 +8,17 @@
     <bundle>/feature_space.<sha8>.keras      how columns become numbers, where the head takes some
     <bundle>/suspects.<sha8>.json            labels that are probably wrong, where they were looked for
     <bundle>/bundle.json                     names all of these with their sha-256; written last
+    <bundle>/report.html                     a page about it for people, made of the documents above
 
 `<sha8>` is the beginning of the file's own sha-256, so publishing to the same place again never touches a file of
 the bundle that is there: until the new `bundle.json` replaces the old one, readers see the old bundle, whole.
 Afterwards the files that only the old one named are deleted. What a killed publish leaves behind is named by no
 `bundle.json` and harms nobody. A bundle's id is a digest of what decides its answers (tensors, classes, calibration,
 the embeddings it belongs to), so a fit that is repeated exactly has the same id, and its predictions stay valid.
+
+`report.html` is found by that name alone, so `bundle.json` does not name it, and it is written last: a publish that is
+killed before it leaves the page of the bundle before, or none. Nothing is computed from it, it says which bundle it is
+about, and it can be made again from the documents.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import io
 import json
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
 Task = Literal["single_label", "multi_label"]
 BUNDLE_SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "bundle.json"
+REPORT = "report.html"
 VERSIONED_PACKAGES = ("image-feature-engine", "tensorflow", "keras", "numpy")
 
 
@@ -200,6 +206,15 @@ class Bundle:
         content: dict[str, Any] = json.loads(self.read(role))
         return content
 
+    def documents(self) -> dict[str, Any]:
+        """All that the bundle says of itself, as JSON: id, uri, manifest, and each of its JSON files by role.
+
+        Raises:
+            BundleError: a file is gone or damaged.
+        """
+        roles = (role for role, file in self.manifest.files.items() if file.path.endswith(".json"))
+        return _documents(self, {f"{role}.json": self.read(role) for role in roles})
+
     def read(self, role: str) -> bytes:
         """The bytes of a file.
 
@@ -233,8 +248,9 @@ def publish_bundle(
     metrics: Mapping[str, Any],
     recipe: Mapping[str, Any],
     suspects: Sequence[Mapping[str, Any]] | None = None,
+    report: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> Bundle:
-    """Write a bundle, `bundle.json` last, and delete the files of the bundle it replaces.
+    """Write a bundle, then `bundle.json`, delete the files of the bundle it replaces, and write its report.
 
     Args:
         store: the bundle's folder.
@@ -243,6 +259,7 @@ def publish_bundle(
         metrics: for metrics.json.
         recipe: for recipe.json.
         suspects: for suspects.json; None: no such file.
+        report: makes report.html of what `Bundle.documents()` will be; None: none is written.
 
     Raises:
         StorageError: a file could not be written; a bundle that was there before is still whole.
@@ -278,7 +295,24 @@ def publish_bundle(
     # Read again what is named now: another fit may have published here since, and may share a file with the old one.
     for path in sorted(superseded - {file.path for file in files.values()} - _paths_named(store)):
         store.delete(path)
-    return Bundle(_bundle_id(manifest), manifest, store)
+    bundle = Bundle(_bundle_id(manifest), manifest, store)
+    if report is not None:
+        store.write(REPORT, report(_documents(bundle, contents)).encode())
+    return bundle
+
+
+def report_uri(bundle: Bundle) -> str | None:
+    """Where the page about a bundle lies; None where there is none, or it is about another one.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        page = bundle.store.read(REPORT)
+    except ObjectNotFound:
+        return None
+    named = all(text.encode() in page for text in (bundle.id, bundle.manifest.created))
+    return f"{bundle.store.uri}/{REPORT}" if named else None
 
 
 def open_bundle(store: Store, bundle_id: str | None = None) -> Bundle:
@@ -348,6 +382,21 @@ def _parsed(content: bytes, store: Store) -> Manifest:
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
         raise BundleError(f"bundle {store.uri}: {MANIFEST} is not a bundle's", found=problems) from None
+
+
+def _documents(bundle: Bundle, contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """What `Bundle.documents` answers, of files by role and kind, those that are not JSON among them."""
+    read = {
+        name.removesuffix(".json"): json.loads(content)
+        for name, content in contents.items()
+        if name.endswith(".json")
+    }
+    return {
+        "id": bundle.id,
+        "uri": bundle.store.uri,
+        "manifest": bundle.manifest.model_dump(mode="json"),
+        **read,
+    }
 
 
 def _paths_named(store: Store) -> set[str]:

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from engine import __version__
 from engine.config import canonical_json
 from engine.errors import EngineError, LabelError
-from engine.heads.bundle import TrainedHead, publish_bundle
+from engine.heads.bundle import REPORT, TrainedHead, publish_bundle
 from engine.heads.kinds import open_head
 from engine.heads.network import compile_logits
 from engine.heads.side_features import SideEncoder
+from engine.report.page import render_report
 from engine.storage import StorageConfig, Store
 from engine.strategies.base import agreement, is_chief, require_same
 from engine.strategies.kinds import open_strategy
@@ -48,6 +49,7 @@ class FitSummary(TypedDict):
     """What a fit says about itself in `--json`; metrics.json in the bundle says everything."""
 
     bundle: str  # URI of the bundle
+    report: str  # URI of the page about it
     rows: int  # labelled rows that were used, all splits together
     classes: int  # number of classes
     metrics: dict[str, dict[str, float] | None]  # validation, test: a few figures; None where it has no rows
@@ -179,10 +181,12 @@ def fit_head(
         },
         recipe=settings.model_dump(mode="json"),
         suspects=suspects,
+        report=render_report,
     )
     checkpoints.clear()
     return FitSummary(
         bundle=bundle.store.uri,
+        report=f"{bundle.store.uri}/{REPORT}",
         rows=sum(len(rows) for rows in rows_of.values()),
         classes=len(targets.names),
         metrics=targets.summary(verdict),

@@ -19,6 +19,7 @@ ClassNumbers = NDArray[np.integer[Any]]
 TOP_K = 3  # of the `top_3_accuracy` that summaries show
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al., On Calibration of Modern Neural Networks (2017)
 COVERAGE_STEPS = 20  # points of the coverage-accuracy curve
+THRESHOLD_STEPS = 200  # of min_confidence, from 0 to 1, that `abstention_curve` tells of
 
 
 def evaluate(logits_NK: Logits, classes_N: ClassNumbers, class_names: Sequence[str]) -> dict[str, Any] | None:
@@ -26,8 +27,8 @@ def evaluate(logits_NK: Logits, classes_N: ClassNumbers, class_names: Sequence[s
 
     Returns:
         rows, accuracy, top_3_accuracy, loss (mean cross-entropy in nats), roc_auc (mean over the classes that have it),
-        calibration_error, reliability, coverage, per_class (label, precision, recall, f1, support, roc_auc),
-        macro_average, weighted_average, and confusion_matrix (row: true class, column: answer).
+        calibration_error, reliability, coverage, by_min_confidence, per_class (label, precision, recall, f1, support,
+        roc_auc), macro_average, weighted_average, and confusion_matrix (row: true class, column: answer).
     """
     if len(classes_N) == 0:
         return None
@@ -48,6 +49,7 @@ def evaluate(logits_NK: Logits, classes_N: ClassNumbers, class_names: Sequence[s
         "calibration_error": calibration_error(reliability),
         "reliability": reliability,
         "coverage": coverage_curve(confidences_N, is_right_N),
+        "by_min_confidence": abstention_curve(confidences_N, is_right_N),
         "per_class": [row | {"roc_auc": area} for row, area in zip(per_class, areas_K, strict=True)],
         "macro_average": macro,
         "weighted_average": weighted,
@@ -186,3 +188,25 @@ def coverage_curve(confidences_N: Logits, is_right_N: NDArray[np.bool_]) -> list
         if not points or points[-1] != point:
             points.append(point)
     return points
+
+
+def abstention_curve(confidences_N: Logits, is_right_N: NDArray[np.bool_]) -> list[dict[str, float | None]]:
+    """What each `min_confidence` comes to, for thresholds from 0 to 1 in steps of 0.005.
+
+    Returns:
+        For each: min_confidence, coverage (share of rows whose confidence is not below it), accuracy of those; None
+        where there are none.
+    """
+    order = np.argsort(confidences_N, kind="stable")
+    right_N = np.append(np.cumsum(is_right_N[order][::-1])[::-1], 0)  # from each row on to the surest
+    thresholds = np.arange(THRESHOLD_STEPS + 1) / THRESHOLD_STEPS
+    begins = np.searchsorted(confidences_N[order], thresholds, side="left")
+    given = len(order) - begins
+    return [
+        {
+            "min_confidence": float(threshold),
+            "coverage": float(count / len(order)),
+            "accuracy": float(right_N[begin] / count) if count else None,
+        }
+        for threshold, begin, count in zip(thresholds, begins, given, strict=True)
+    ]

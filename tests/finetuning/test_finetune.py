@@ -31,6 +31,7 @@ from engine.finetuning.finetune import finetune_backbone
 from engine.finetuning.images import ImageRows, collect_images
 from engine.finetuning.kinds import FinetuneSettings
 from engine.heads.bundle import open_bundle
+from engine.report.page import render_report
 from engine.resolve import Network, resolve
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.storage import StorageConfig, open_store
@@ -263,6 +264,11 @@ def test_the_new_weights_have_the_fingerprint_that_extracting_with_them_finds(tm
     assert metrics["training"]["backbone"]["initial_epoch"] == 2
     assert [epoch["epoch"] for epoch in metrics["training"]["backbone"]["history"]] == [3]
     assert metrics["test"]["accuracy"] == pytest.approx(comparison.after)
+    page = (tmp_path / "bundle" / "report.html").read_text(encoding="utf-8")
+    assert summary["report"] == f"{tmp_path}/bundle/report.html"
+    assert page == render_report(bundle.documents())
+    assert 'id="learning-backbone-begins"' in page
+    assert f"<strong>{100 * comparison.after:.2f} %</strong> after" in page
 
 
 def test_a_bundle_is_trained_further_and_another_backbones_is_refused(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ def test_a_new_backbone_is_extracted_with_and_its_bundle_scores(engine: Engine, 
         2,
     )
     assert summary["bundle"].endswith("/finetuned")
+    assert summary["report"] == f"{summary['bundle']}/report.html"
+    assert "Before and after" in (folder / "finetuned" / "report.html").read_text(encoding="utf-8")
+    assert engine("inspect", summary["bundle"], "--json").summary["report"] == summary["report"]
     assert summary["trainable"] > 0 and summary["epochs"] == 2
     assert 0 <= summary["waiting_for_images"] <= 1
     assert "points" in ended.stderr
@@ -74,7 +77,7 @@ def test_what_did_not_help_leaves_with_3_and_the_old_bundle(engine: Engine, fold
     )
     assert ended.code == 3, ended.stderr
     assert "it did not help" in ended.stderr
-    assert ended.summary["bundle"] is None
+    assert ended.summary["bundle"] is ended.summary["report"] is None
     assert {path.name: path.read_bytes() for path in (folder / "finetuned").iterdir()} == before
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from engine.errors import BundleError, ContractMismatch, StorageError
-from engine.heads.bundle import Bundle, TrainedHead, check_fingerprint, open_bundle, publish_bundle
+from engine.heads.bundle import (
+    REPORT,
+    Bundle,
+    TrainedHead,
+    check_fingerprint,
+    open_bundle,
+    publish_bundle,
+    report_uri,
+)
 from engine.heads.kinds import LinearHeadConfig, build_head
 from engine.storage import InputStream, ObjectInfo, Store, open_store
 
@@ -167,6 +175,62 @@ def test_a_first_publish_that_breaks_off_is_no_bundle(store: Store) -> None:
     assert len(paths(store)) == 5
     with pytest.raises(BundleError, match="not published"):
         open_bundle(store)
+
+
+def of_bundle(documents: Mapping[str, Any]) -> str:
+    """The simplest report."""
+    return f"{documents['id']} {documents['manifest']['created']}"
+
+
+def test_a_report_is_made_of_what_the_bundle_says_of_itself_and_is_none_of_its_files(store: Store) -> None:
+    told: list[Mapping[str, Any]] = []
+
+    def remember(documents: Mapping[str, Any]) -> str:
+        told.append(documents)
+        return of_bundle(documents)
+
+    bundle = publish(store, suspects=[{"key": "a"}], report=remember)
+    assert told == [open_bundle(store).documents()]
+    assert sorted(told[0]) == sorted(
+        ["id", "uri", "manifest", "metrics", "embeddings_table", "recipe", "suspects"]
+    )
+    assert told[0]["suspects"] == {"suspects": [{"key": "a"}]}
+    assert (told[0]["id"], told[0]["uri"]) == (bundle.id, store.uri)
+    assert store.read(REPORT).decode() == of_bundle(told[0])
+    assert REPORT not in {file.path for file in bundle.manifest.files.values()}
+    assert report_uri(open_bundle(store)) == f"{store.uri}/report.html"
+
+
+def test_a_publish_that_breaks_off_before_its_report_leaves_a_page_that_is_not_taken_for_its_own(
+    store: Store,
+) -> None:
+    old = publish(store, report=of_bundle)
+    page = store.read(REPORT)
+    for writes_done in range(7):  # five files, bundle.json, and then the report fails
+        changes: dict[str, Any] = {"metrics": {"test": 1}, "recipe": {}, "table_record": {**RECORD, "x": 1}}
+        with pytest.raises(StorageError, match=REPORT if writes_done == 6 else "no space left"):
+            publish(FailingStore(store, writes_done), trained_head(1), report=of_bundle, **changes)
+        opened = open_bundle(store)
+        assert (opened.id == old.id) == (writes_done < 6)
+        assert store.read(REPORT) == page
+        assert (report_uri(opened) is None) == (writes_done == 6)
+    assert report_uri(publish(store, trained_head(1), report=of_bundle)) == f"{store.uri}/report.html"
+
+
+def test_a_report_that_cannot_be_made_leaves_the_new_bundle_whole(store: Store) -> None:
+    def broken(documents: Mapping[str, Any]) -> str:
+        raise ValueError(documents["id"])
+
+    old = publish(store)
+    with pytest.raises(ValueError, match="[0-9a-f]{16}"):
+        publish(store, trained_head(1), report=broken)
+    opened = open_bundle(store)
+    assert opened.id != old.id and report_uri(opened) is None
+    for role in opened.manifest.files:
+        opened.read(role)
+    assert sorted(paths(store)) == sorted(
+        ["bundle.json", *(file.path for file in opened.manifest.files.values())]
+    )
 
 
 def test_the_id_is_that_of_the_answers_not_of_the_day(store: Store) -> None:

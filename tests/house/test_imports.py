@@ -14,7 +14,18 @@ import pytest
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "schema", "config", "import_without", "doctor"),
     ("parts", "storage", "beside"),
-    ("recipes", "worklist", "tables", "shards", "images", "backbones", "runtimes", "heads", "strategies"),
+    (
+        "recipes",
+        "worklist",
+        "tables",
+        "shards",
+        "images",
+        "backbones",
+        "runtimes",
+        "heads",
+        "strategies",
+        "report",
+    ),
     ("embedder", "training", "predictor"),
     ("runtime_choice", "resolution_cache", "extraction", "scoring"),
     ("resolve", "finetuning"),
@@ -82,6 +93,8 @@ def test_imports_only_go_down(repository: Path) -> None:
         ("PIL", ("engine/images.py", "jobs/demo_images.py")),
         ("openvino", ("engine/runtimes/",)),
         ("cv2", ("engine/images.py",)),
+        ("matplotlib", ("engine/report/plots.py",)),
+        ("jinja2", ("engine/report/page.py",)),
     ],
 )
 def test_foreign_libraries_come_in_through_their_door(
@@ -112,7 +125,8 @@ def test_the_command_answers_without_heavy_libraries(repository: Path, arguments
     script = (
         "import sys\nfrom jobs.cli import main\n"
         f"main({arguments!r})\n"
-        "heavy = {'ray', 'tensorflow', 'keras', 'pyarrow', 'numpy', 's3fs', 'PIL', 'cv2'} & set(sys.modules)\n"
+        "heavy = {'ray', 'tensorflow', 'keras', 'pyarrow', 'numpy', 's3fs', 'PIL', 'cv2', 'matplotlib', 'jinja2'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     ended = subprocess.run(

@@ -130,3 +130,23 @@ def test_ray_uploads_the_code_and_leaves_the_rest(repository: Path, tmp_path: Pa
     with zipfile.ZipFile(package) as archive:
         uploaded = {name for name in archive.namelist() if not name.endswith("/")}
     assert uploaded == {*kept, ".gitignore", ".rayignore"}
+
+
+def test_files_beside_the_code_are_installed_with_it(repository: Path) -> None:
+    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
+    beside = {
+        (top, str(path.relative_to(repository / top)))
+        for top in ("engine", "jobs")
+        for path in (repository / top).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".md")
+    }
+    installed = {
+        (top, str(path.relative_to(repository / top)))
+        for top, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (repository / top).glob(pattern)
+    }
+    assert ("engine", "report/page.html") in beside
+    assert beside - installed == set()

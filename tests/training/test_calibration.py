@@ -18,6 +18,7 @@ from engine.training.calibration import (
 from engine.training.judgement import JudgedRows, judge
 from engine.training.kinds import CalibrationConfig
 from engine.training.metrics import (
+    abstention_curve,
     calibration_error,
     coverage_curve,
     cross_entropy,
@@ -255,3 +256,20 @@ def test_the_entropy_is_exact_where_a_row_is_all_but_sure() -> None:
         assert found_B.dtype == dtype
         assert found_B[:2] == pytest.approx(np.log(np.array(expected_B[:2], float)), abs=1e-5)
         assert found_B[2] == pytest.approx(np.log(1e-6))
+
+
+def test_every_threshold_is_told_with_the_rows_that_reach_it_and_how_many_of_them_are_right() -> None:
+    confidences_N = np.array([0.9, 0.5, 0.75, 0.5])
+    curve = abstention_curve(confidences_N, np.array([True, False, False, True]))
+    assert len(curve) == 201
+    assert [point["min_confidence"] for point in curve[::100]] == [0.0, 0.5, 1.0]
+    at = {point["min_confidence"]: (point["coverage"], point["accuracy"]) for point in curve}
+    assert at[0.0] == at[0.5] == (1.0, 0.5)  # not below it is enough
+    assert at[0.505] == at[0.75] == (0.5, 0.5)
+    assert at[0.755] == at[0.9] == (0.25, 1.0)
+    assert at[0.905] == at[1.0] == (0.0, None)
+    logits_NK, classes_N = overconfident(2_000, 1.0)
+    confidences_N, is_right_N = softmax(logits_NK).max(axis=1), logits_NK.argmax(axis=1) == classes_N
+    for point in abstention_curve(confidences_N, is_right_N)[:180:13]:
+        given_N = confidences_N >= point["min_confidence"]
+        assert (point["coverage"], point["accuracy"]) == (given_N.mean(), is_right_N[given_N].mean())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from engine.errors import BundleError, LabelError, RecipeError, TableDamaged
 from engine.heads.bundle import open_bundle
 from engine.predictor import Predictor
+from engine.report.page import render_report
 from engine.schema import embeddings_schema
 from engine.storage import StorageConfig, open_store
 from engine.training import passes
@@ -74,6 +75,7 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
     bundle = open_bundle(open_store(str(tmp_path)))
     assert list(summary) == [
         "bundle",
+        "report",
         "rows",
         "classes",
         "metrics",
@@ -85,6 +87,10 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
     ]
     assert (summary["heads_tried"], summary["published"]["head"]) == (1, {"kind": "linear"})
     assert (summary["bundle"], summary["rows"], summary["classes"]) == (bundle.store.uri, 211, 3)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert summary["report"] == f"{tmp_path}/report.html"
+    assert page == render_report(bundle.documents()), "it can be made again from the bundle"
+    assert f"{100 * metrics['test']['accuracy']:.2f} %" in page
     assert bundle.manifest.classes == NAMES
     assert bundle.manifest.fingerprint == "f" * 64
     assert bundle.document("embeddings_table") == RECORD
