@@ -82,6 +82,11 @@ def test_extract_fit_score_and_read_back(
         "loss",
         "calibration_error",
     }
+    page = open_store(f"{recipes.root}/bundle", s3_config).read("report.html").decode()
+    assert (
+        fitted.summary["report"] == f"{recipes.root}/bundle/report.html"
+        and fitted.summary["report"][:-12] in page
+    )
     scored = engine_process("score", recipes.score, "--json")
     assert scored.code == 0, scored.stderr
     assert scored.summary["rows"] == sum(scored.summary["label_counts"].values()) == SHARDS * IMAGES
