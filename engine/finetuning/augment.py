@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from engine.finetuning.kinds import AugmentConfig
+from engine.finetuning.rand_augment import rand_augment
 
 PIXEL_RANGE = (0.0, 255.0)
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -73,6 +74,8 @@ class Augmenter:
             if self.mixes:
                 drawn["share"] = self._shares(count)
                 drawn["center"] = self._uniform((count, 2))
+            if self._config.rand_augment:
+                drawn["operations"] = self._uniform((count, self._config.rand_augment, 2))
             return drawn
 
     def _uniform(self, shape: tuple[int, ...]) -> tf.Tensor:
@@ -108,6 +111,8 @@ class Augmenter:
             # Colours of 0..1: of others RandomSaturation leaves the range (Keras 3.15).
             scale = 255.0 if isinstance(layer, keras.layers.RandomSaturation) else 1.0
             pixels_PSS3 = scale * layer.transform_images(pixels_PSS3 / scale, transformation, training=True)
+        if self._config.rand_augment:
+            pixels_PSS3 = rand_augment(pixels_PSS3, own(drawn["operations"]), self._config.rand_magnitude)
         return pixels_PSS3
 
     def mix(

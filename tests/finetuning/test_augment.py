@@ -19,6 +19,7 @@ KINDS = {
     "contrast": AugmentConfig(flip=False, contrast=0.4),
     "saturation": AugmentConfig(flip=False, saturation=0.3),
     "hue": AugmentConfig(flip=False, hue=0.3),
+    "rand_augment": AugmentConfig(flip=False, rand_augment=3),
     "all": AugmentConfig(
         crop=0.5, rotation=20, translation=0.2, brightness=0.3, contrast=0.4, saturation=0.3, hue=0.3
     ),
