@@ -43,7 +43,7 @@ from engine.finetuning.kinds import (
     require_trainable_head,
 )
 from engine.finetuning.loop import Course, Finetuning, Images, Trainee, Watch
-from engine.finetuning.step import Classifier, compile_embed, compile_step
+from engine.finetuning.step import Classifier, compile_embed, compile_step, with_loss_scale
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
 from engine.heads.bundle import REPORT, Bundle, TrainedHead, publish_bundle
 from engine.heads.kinds import AnyHeadConfig, open_head
@@ -87,6 +87,7 @@ class FinetuneSummary(TypedDict):
     head_epochs: int  # of the phase before
     epochs: int
     best_epoch: int  # 0: none was better than what it began with
+    skipped_steps: int  # whose gradients were infinite or NaN: under mixed_float16
     waiting_for_images: float  # share of the time of the steps
     seconds: float  # wall time
 
@@ -215,6 +216,7 @@ def finetune_backbone(
         head_epochs=head_epochs,
         epochs=len(course.history),
         best_epoch=course.best_epoch,
+        skipped_steps=course.skipped_steps,
         waiting_for_images=course.waiting,
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -249,6 +251,8 @@ def _learn(  # noqa: PLR0913, PLR0917
         classifier = Classifier(learner.scaling, learner.network, open_head(head_config), head_network)
         steps_per_epoch = math.ceil(len(images.train) / config.batch_size)
         optimizer = build_optimizer(settings.optimizer, steps_per_epoch, config.epochs)
+        if config.precision == "mixed_float16":
+            optimizer = with_loss_scale(optimizer, config.batch_size)
         optimizer.build(classifier.learning)
     step = compile_step(strategy, classifier, optimizer, Augmenter(settings.augment, config.seed), config)
     trainee = Trainee(strategy, classifier, optimizer, step)
@@ -474,6 +478,7 @@ def _phases(
         "history": [{**asdict(epoch), "epoch": head_epochs + epoch.epoch} for epoch in course.history],
         "best_epoch": head_epochs + course.best_epoch,
         "stopped": course.stopped,
+        "skipped_steps": course.skipped_steps,
         "waiting_for_images": course.waiting,
     }
     return {

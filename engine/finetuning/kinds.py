@@ -200,9 +200,10 @@ class FinetuneTrainingConfig(Config):
     """As of `fit`."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of a step's whole gradient; a longer one is shortened to it. null: as it is."""
-    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Of the arithmetic of the backbone while it learns and is watched; weights, head, and what is judged and published
-    in the end are float32."""
+    in the end are float32. mixed_float16 scales the loss: a step whose gradients do not fit is skipped, halves the
+    scale, and does not count for the learning rate's schedule."""
     seed: int = Field(default=0, ge=0)
     """Of the order of the images in each epoch, of augmentation and of dropout."""
     checkpoint_seconds: float = Field(default=300.0, ge=0)

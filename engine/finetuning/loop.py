@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.finetuning.images import ImageRows
 from engine.finetuning.kinds import FinetuneTrainingConfig
-from engine.finetuning.step import Classifier, Step
+from engine.finetuning.step import Classifier, Step, overflows_unscaled
 from engine.strategies.base import agreement
 from engine.training.checkpoints import Checkpoints, State
 from engine.training.loop import Epoch, Report
 from engine.training.passes import Batch, global_batches
 
 log = logging.getLogger(__name__)
+OTHER_THAN_FLOAT16 = ", or set training.precision to mixed_bfloat16 or float32, whose numbers reach further"
 BATCHES_AHEAD = 2  # read from the disk while a step is computed
 
 Watch = Callable[[], tuple[float, ...]]
@@ -75,12 +76,14 @@ class Course:
         best_epoch: whose weights the classifier has now; 0: those that it began with.
         stopped: a sentence on why it ended.
         waiting: share of the time of the steps in which they waited for images.
+        skipped_steps: steps whose gradients were not finite, so that they changed no weights (mixed_float16).
     """
 
     history: tuple[Epoch, ...]
     best_epoch: int
     stopped: str
     waiting: float
+    skipped_steps: int
 
 
 class Finetuning:
@@ -108,6 +111,7 @@ class Finetuning:
         self._images, self._watch, self._config = images, watch, config
         self._report, self._checkpoints = report, checkpoints
         self._agreed = agreement(trainee.strategy)
+        self._steps_per_epoch = math.ceil(len(images.train) / config.batch_size)
         self._epoch, self._steps_done = 1, 0  # where it is: steps of this epoch that are behind it
         self._loss_sum, self._weight_sum = 0.0, 0.0  # of those
         self._history: list[Epoch] = []
@@ -119,7 +123,8 @@ class Finetuning:
         """All of it.
 
         Raises:
-            EngineError: the loss became infinite or NaN before any epoch was better than none.
+            EngineError: the loss became infinite or NaN before any epoch was better than none, or gradients did however
+                little the loss was scaled; or they were so in every step.
             StorageError: whether there is a checkpoint cannot be said.
         """
         if not self._restored():
@@ -129,12 +134,15 @@ class Finetuning:
         stopped = None
         while stopped is None and self._epoch <= self._config.epochs:
             # Before the epoch: one that was interrupted may have used up its patience.
-            stopped = self._out_of_patience() or self._one_epoch()
-        stopped = stopped or self._out_of_patience()
+            stopped = self._out_of_patience() or self._out_of_range() or self._one_epoch()
+        stopped = stopped or self._out_of_patience() or self._out_of_range()
+        skipped = self._skipped_steps()
+        if skipped and skipped == self._steps():
+            raise _overflowing(skipped, skipped)
         self._set_weights(self._best)
         told = stopped or f"all {self._config.epochs} epochs were run; {_kept(self._best_epoch)}"
         waiting = self._waited_s / self._stepping_s if self._stepping_s else 0.0
-        return Course(tuple(self._history), self._best_epoch, told, round(waiting, 4))
+        return Course(tuple(self._history), self._best_epoch, told, round(waiting, 4), skipped)
 
     def _one_epoch(self) -> str | None:
         """The rest of the epoch; why it was the last one, or None."""
@@ -170,7 +178,7 @@ class Finetuning:
             lost = math.nan
         if lost is not None:
             if not self._best_epoch:
-                raise _diverged(epoch, lost)
+                raise _diverged(epoch, lost, config.precision)
             told = f"the loss was {lost} in epoch {epoch}; {_kept(self._best_epoch)}"
             log.warning(told)
             return told
@@ -193,6 +201,23 @@ class Finetuning:
         return (
             f"the validation loss did not fall for {self._config.patience} epochs; {_kept(self._best_epoch)}"
         )
+
+    def _out_of_range(self) -> str | None:
+        """Why no further epoch is run, if gradients are not finite however small the loss is made."""
+        if not self._history or not overflows_unscaled(self._optimizer):
+            return None
+        if not self._best_epoch:
+            raise _overflowing(self._skipped_steps(), self._steps())
+        told = f"gradients do not fit float16 however little the loss is scaled; {_kept(self._best_epoch)}"
+        log.warning(told)
+        return told
+
+    def _steps(self) -> int:
+        return (self._epoch - 1) * self._steps_per_epoch + self._steps_done
+
+    def _skipped_steps(self) -> int:
+        """Those that the optimizer did not take."""
+        return self._steps() - int(self._optimizer.iterations.numpy())
 
     def _read_ahead(
         self, batches: Sequence[Batch], begin: int
@@ -289,8 +314,21 @@ def _kept(best_epoch: int) -> str:
     return f"weights of epoch {best_epoch} kept"
 
 
-def _diverged(epoch: int, loss: float) -> EngineError:
+def _diverged(epoch: int, loss: float, precision: str) -> EngineError:
+    further = {
+        "float32": "",
+        "mixed_bfloat16": ", or set training.precision to float32",
+        "mixed_float16": OTHER_THAN_FLOAT16,
+    }
     return EngineError(
         f"finetune: the loss is {loss} in epoch {epoch}",
-        way_out="lower optimizer.learning_rate, or set training.precision to float32",
+        way_out="lower optimizer.learning_rate" + further[precision],
+    )
+
+
+def _overflowing(skipped: int, steps: int) -> EngineError:
+    return EngineError(
+        f"finetune: {skipped:,} of {steps:,} steps changed no weights: their gradients were infinite or NaN",
+        wanted="gradients that fit float16, which ends at 65,504",
+        way_out="lower optimizer.learning_rate" + OTHER_THAN_FLOAT16,
     )

@@ -6,6 +6,7 @@ in pixels, D embedding width, K classes, L dropouts of the head, W numbers of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from engine.training.step import cross_entropies, draws
 
 Step = Callable[[int, NDArray[np.uint8], NDArray[Any], NDArray[np.float32]], tf.Tensor]
 IMAGES_AT_ONCE = 64  # where nothing is learnt
+LOSS_SCALE = 2.0**15  # of a mean loss, at the beginning; Keras' and others' default
+LOSS_SCALES = (1.0, 2.0**24)  # Keras has no bounds: it would halve down to 0, by which gradients are divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,35 @@ def compile_embed(
     return embed
 
 
+def with_loss_scale(
+    optimizer: keras.Optimizer, batch_size: int, growth_steps: int = 2000
+) -> keras.optimizers.LossScaleOptimizer:
+    """An optimizer for gradients of float16, of which small ones would be 0; call it inside the strategy's scope.
+
+    The loss is multiplied by a power of two before gradients are taken, and they are divided by it after. Where one
+    comes out infinite or NaN the step is skipped and the factor halved: weights, moments and the number of steps that
+    the learning rate goes by stay as they are. It doubles after `growth_steps` steps in a row without that.
+
+    Args:
+        batch_size: losses of a step that are summed; the first factor is that much smaller than it is for a mean.
+
+    Source:
+        Micikevicius et al., 2018, Mixed Precision Training.
+    """
+    first = LOSS_SCALE / 2 ** math.ceil(math.log2(batch_size))
+    return keras.optimizers.LossScaleOptimizer(
+        optimizer, initial_scale=max(LOSS_SCALES[0], first), dynamic_growth_steps=growth_steps
+    )
+
+
+def overflows_unscaled(optimizer: keras.Optimizer) -> bool:
+    """Whether the last step was skipped with the least factor that there is."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return False
+    scale, taken_since = float(optimizer.dynamic_scale.numpy()), int(optimizer.step_counter.numpy())
+    return scale <= LOSS_SCALES[0] and not taken_since
+
+
 def compile_step(
     strategy: tf.distribute.Strategy,
     classifier: Classifier,
@@ -89,7 +121,8 @@ def compile_step(
         `number` counts from 0 over the whole training: with the seed it decides what augmentation and dropout do. The
         images are those of all replicas, one after the other, uint8; `weights_RB` says what each counts, padding 0.
         Loss and gradients are sums over all replicas divided by the weight of the whole batch, so the trace of losses
-        does not depend on R, nor on how many images a device takes at once.
+        does not depend on R, nor on how many images a device takes at once. With an optimizer of `with_loss_scale` a
+        step whose gradients are not finite changes nothing but the factor.
     """
     head = classifier.head
 
@@ -134,8 +167,9 @@ def compile_step(
         def portion(places_P: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
             with tf.GradientTape() as tape:
                 summed = tf.reduce_sum(losses(places_P))
+                scaled = _scaled(optimizer, summed)
             # A custom head may have variables that its logits do not use.
-            found = tape.gradient(summed, variables, unconnected_gradients="zero")
+            found = tape.gradient(scaled, variables, unconnected_gradients="zero")
             return summed, [tf.convert_to_tensor(gradient) for gradient in found]
 
         loss, gradients = portion(first + tf.range(at_once))
@@ -146,15 +180,15 @@ def compile_step(
                 added, more = portion(places_P)
             loss, gradients = loss + added, [one + other for one, other in zip(gradients, more, strict=True)]
         whole = tf.reduce_sum(weights_B)
-        loss = tf.math.divide_no_nan(loss, whole)
         gradients = context.all_reduce(
             tf.distribute.ReduceOp.SUM, [tf.math.divide_no_nan(gradient, whole) for gradient in gradients]
         )
         if config.clip_norm is not None:
-            gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm)
+            # Where one of them is not finite all become NaN.
+            gradients, _ = tf.clip_by_global_norm(gradients, _scaled(optimizer, config.clip_norm))
         # The optimizer sums over replicas once more.
         optimizer.apply_gradients(zip([one / replicas for one in gradients], variables, strict=True))
-        return loss
+        return tf.math.divide_no_nan(loss, whole)
 
     def global_step(
         number: tf.Tensor, pixels_BSS3: tf.Tensor, targets_B: tf.Tensor, weights_RB: tf.Tensor
@@ -162,9 +196,12 @@ def compile_step(
         count, side = pixels_BSS3.shape[:2]
         drawn = augmenter.draw(count, side, number)
         dropouts = head.dropouts
-        draws_BLW = draws(weights_RB, dropouts.count, dropouts.width, config.seed, number)
-        draws_BLW = tf.reshape(draws_BLW, (count, dropouts.count, dropouts.width if dropouts.count else 0))
+        draws_BLW = tf.reshape(
+            draws(weights_RB, dropouts.count, dropouts.width, config.seed, number),
+            (count, dropouts.count, dropouts.width if dropouts.count else 0),
+        )
         found = strategy.run(replica_step, args=(pixels_BSS3, targets_B, weights_RB, draws_BLW, drawn))
+        _bound_scale(optimizer)
         return strategy.reduce("SUM", found, axis=None)
 
     compiled_step = tf.function(global_step)
@@ -180,3 +217,16 @@ def compile_step(
         )
 
     return step
+
+
+def _scaled(optimizer: keras.Optimizer, value: Any) -> Any:
+    """A loss, or a norm of gradients, as an optimizer of `with_loss_scale` wants it; else as it is."""
+    return (
+        optimizer.scale_loss(value) if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else value
+    )
+
+
+def _bound_scale(optimizer: keras.Optimizer) -> None:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        scale = optimizer.dynamic_scale
+        scale.assign(tf.clip_by_value(tf.convert_to_tensor(scale), *LOSS_SCALES))

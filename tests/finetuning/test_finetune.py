@@ -26,7 +26,7 @@ from engine.backbones.fingerprint import tensor_digest
 from engine.backbones.kinds import BackboneConfig, EfficientNetLite0Config, build_backbone
 from engine.errors import EngineError, LabelError, OverBudget, RecipeError
 from engine.extraction import read_parts
-from engine.finetuning import loop
+from engine.finetuning import loop, step
 from engine.finetuning.finetune import finetune_backbone
 from engine.finetuning.images import ImageRows, collect_images
 from engine.finetuning.kinds import FinetuneSettings
@@ -110,6 +110,7 @@ def trace(folder: Path, **changes: Any) -> dict[str, Any]:
             for epoch in training[phase]["history"]
         ],
         "sums": [float(np.abs(array).sum(dtype=np.float64)) for array in weights],
+        "skipped": training["backbone"]["skipped_steps"],
     }
 
 
@@ -179,6 +180,50 @@ def test_what_was_killed_between_two_steps_goes_on_as_if_nothing_had_been(
     assert list((tmp_path / "bundle").glob("checkpoint.*"))
     assert_same(trace(tmp_path), 1e-6)
     assert not list((tmp_path / "bundle").glob("checkpoint.*"))
+
+
+@pytest.mark.parametrize("after", [2, 9])
+def test_the_scale_of_the_loss_goes_on_from_where_it_was(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first steps are skipped, because it begins too high: a scale that began anew would skip more."""
+    monkeypatch.setattr(step, "LOSS_SCALE", 2.0**27)
+    half = {"training": {"precision": "mixed_float16"}}
+    expected = trace(tmp_path / "calm", **half)
+    assert 2 < expected["skipped"] < 20
+    written = 0
+    write = loop.Checkpoints.write
+
+    def write_and_stop(self: Any, state: Any) -> None:
+        nonlocal written
+        write(self, state)
+        written += 1
+        if written == after:
+            raise _Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Checkpoints, "write", write_and_stop)
+        with pytest.raises(_Stopped):
+            run(tmp_path / "killed", **half)
+    found = trace(tmp_path / "killed", **half)
+    assert found["skipped"] == expected["skipped"]
+    for ours, theirs in zip(found["losses"], expected["losses"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    assert found["sums"] == pytest.approx(expected["sums"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("scales", "epochs"), [((2.0**30, 2.0**31), 4), ((1.0, 2.0**30), 1)])
+def test_a_training_none_of_whose_steps_could_be_taken_says_so(
+    scales: tuple[float, float], epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four epochs where the scale cannot fall, and of one in which it does not fall far enough."""
+    monkeypatch.setattr(step, "LOSS_SCALE", 2.0**33)
+    monkeypatch.setattr(step, "LOSS_SCALES", scales)
+    with pytest.raises(
+        EngineError, match=r"5 of 5 steps changed no weights(.|\n)*to mixed_bfloat16 or float32"
+    ):
+        run(tmp_path, training={"precision": "mixed_float16", "epochs": epochs})
+    assert not list((tmp_path / "bundle").glob("bundle*"))
 
 
 def test_patience_that_was_used_up_before_the_end_is_not_given_again(
@@ -297,17 +342,37 @@ def test_what_does_not_help_is_not_published(tmp_path: Path) -> None:
     assert not list((tmp_path / "bundle").glob("*"))
 
 
-def test_a_rate_at_which_the_loss_explodes_ends_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(
-        EngineError, match=r"finetune: the loss is (nan|inf)(.|\n)*lower optimizer.learning_rate"
-    ):
-        run(tmp_path, optimizer={"learning_rate": 1e30, "warmup_epochs": 0}, training={"clip_norm": None})
+@pytest.mark.parametrize(
+    ("precision", "rate", "told"),
+    [
+        ("float32", 1e30, r"the loss is nan(.|\n)*lower optimizer.learning_rate$"),
+        (
+            "mixed_float16",
+            1e38,
+            r"the loss is inf(.|\n)*learning_rate, or set training.precision to mixed_bfloat16",
+        ),
+        # Its activations end at 6, so the loss is finite; the first step is taken.
+        ("mixed_float16", 1e30, r"14 of 15 steps changed no weights(.|\n)*lower optimizer.learning_rate"),
+    ],
+)
+def test_a_rate_at_which_the_loss_explodes_ends_with_what_to_do(
+    precision: str, rate: float, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match=f"finetune: {told}"):
+        run(
+            tmp_path,
+            optimizer={"learning_rate": rate, "warmup_epochs": 0},
+            training={"clip_norm": None, "precision": precision},
+        )
 
 
-def test_mixed_precision_learns_and_publishes_float32(tmp_path: Path) -> None:
-    found = trace(tmp_path, training={"precision": "mixed_bfloat16"})
+@pytest.mark.parametrize(("precision", "tolerance"), [("mixed_bfloat16", 0.05), ("mixed_float16", 0.01)])
+def test_mixed_precision_learns_and_publishes_float32(
+    precision: str, tolerance: float, tmp_path: Path
+) -> None:
+    found = trace(tmp_path, training={"precision": precision})
     for (train, _), (expected, _) in zip(found["losses"], reference()["losses"], strict=True):
-        assert train == pytest.approx(expected, abs=0.05)
+        assert train == pytest.approx(expected, abs=tolerance)
     assert keras.config.dtype_policy().name == "float32"
 
 
