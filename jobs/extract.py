@@ -65,6 +65,7 @@ def run(
     prune_up_to: int | None = None,
     replay_rejects: bool = False,
     profile: int | None = None,
+    until: float | None = None,
 ) -> Outcome:
     """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's.
 
@@ -73,6 +74,7 @@ def run(
         prune_up_to: prune, and allow this many shards instead of a tenth.
         replay_rejects: do again the parts that have rejects.
         profile: stop after about so many images, which stay in the table, and say what held them up.
+        until: stop between two parts when `time.monotonic()` says so; the next run goes on there.
     """
     from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
     from engine.cluster_head import joins_cluster
@@ -94,9 +96,12 @@ def run(
     if record is None:
         require_writable(table)
     num_groups = 0
+    left = len(pending.works)
     if record is None or pending.works or not _names_same_backbone(recipe, record):
-        sizing, machines, num_groups, record = _extract(recipe, record, pending, totals, here, profile)
-        if profile is None:
+        stop = _Stop(profile, until)
+        sizing, machines, num_groups, record = _extract(recipe, record, pending, totals, here, stop)
+        left -= totals.shards_done + totals.shards.failed
+        if not stop.was_asked:
             totals.require_whole()
     pruned = _clean_up(recipe, source, table, pending, prune)
     reasons, over_budget = reject_verdict(table, recipe.limits, record["rows_per_part"])
@@ -111,6 +116,8 @@ def run(
         "shards_done": totals.shards_done,
         "shards_failed": totals.shards.failed,
         "failed_shards": totals.damage,
+        "shards_left": left,
+        "shards_replaced": len(pending.replaced),
         "shards_removed": len(pending.removed),
         "parts_written": totals.parts_written,
         "parts_pruned": pruned,
@@ -131,7 +138,7 @@ def _extract(
     pending: PendingShards,
     totals: RunTotals,
     here: Machines,
-    profile: int | None,
+    stop: _Stop,
 ) -> tuple[Sizing, Machines, int, Record]:
     """Resolve the table and stream what is pending; answers with layout, number of read tasks, record."""
     from engine.beside import beside
@@ -172,7 +179,7 @@ def _extract(
             job = _job(recipe, _rows_per_part(recipe, record), sizing)
             # Closed while there is a Ray: what Ray Data does afterwards would start another.
             with contextlib.closing(run_extract(job, setup, groups, sizing)) as receipts:
-                _follow(receipts, totals, pending, profile)
+                _follow(receipts, totals, pending, stop)
         else:
             setup.get()
         return sizing, machines, len(groups), _record_of(recipe)
@@ -470,10 +477,24 @@ def _job(recipe: ExtractRecipe, rows_per_part: int, sizing: Sizing) -> ExtractJo
     )
 
 
-def _follow(
-    receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShards, profile: int | None
-) -> None:
-    """Count receipts as they come, and show how far the run is; a profile ends when it has its images."""
+@dataclasses.dataclass
+class _Stop:
+    """Whether a run ends before all is done: when a profile has its images, or at a time of `time.monotonic()`."""
+
+    profile: int | None
+    until: float | None
+    was_asked: bool = False
+
+    def is_now(self, totals: RunTotals) -> bool:
+        """To be asked between two parts."""
+        has_profile = self.profile is not None and totals.rows + totals.rejects >= self.profile
+        is_late = self.until is not None and time.monotonic() >= self.until
+        self.was_asked = is_late or bool(has_profile and totals.steady.seconds)
+        return self.was_asked
+
+
+def _follow(receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShards, stop: _Stop) -> None:
+    """Count receipts as they come, and show how far the run is."""
     started = time.monotonic()
     with progress_bar("shards", len(pending.works)) as (bar, task):
         for receipt in receipts:
@@ -483,7 +504,7 @@ def _follow(
             rate = totals.rows / (time.monotonic() - started)
             finished = totals.shards_done + totals.shards.failed
             bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
-            if profile is not None and totals.rows + totals.rejects >= profile and totals.steady.seconds:
+            if stop.is_now(totals):
                 return
 
 

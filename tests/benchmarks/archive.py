@@ -27,6 +27,7 @@ WIDTH_PX, HEIGHT_PX = 500, 375
 JPEG_QUALITY = 90
 SHARD_IMAGES = 500
 SEED = 2
+LITE0 = "efficientnet_lite0"
 CALIBRATION_IMAGES = 32
 BRANCH_SHARE = 0.3  # of a residual branch's gammas and betas
 
@@ -70,6 +71,8 @@ def weights(name: str, side_px: int, folder: Path) -> Path:
     variance 1, gamma 1, beta 0) there would be nothing to multiply or add, and graphs would be faster than real ones.
     Those that end a residual branch are smaller, or the network would be one that no training leaves: it magnified
     the rounding of bfloat16 to cosines of 0.994 (MobileNetV2) and 0.998 (ResNet50), now 0.9991 and 0.9999.
+    EfficientNet-Lite0 has those of ImageNet, from the package index: bfloat16 keeps a cosine of 0.981 there, and is
+    refused.
 
     Raises:
         ValueError: the network answers with numbers that are not finite, or with the same for every image.
@@ -79,11 +82,16 @@ def weights(name: str, side_px: int, folder: Path) -> Path:
         return path
     import keras
 
+    from engine.backbones.efficientnet_lite0 import load_package_weights
+
     keras.utils.set_random_seed(SEED)
     network = build_network(name, side_px)
     pixels_BSS3 = _calibration_pixels(side_px)
     scaled_BSS3 = preprocess_input(name)(pixels_BSS3.copy())
-    _randomise_normalisation(network, scaled_BSS3)
+    if name == LITE0:
+        load_package_weights(network)
+    else:
+        _randomise_normalisation(network, scaled_BSS3)
     embeddings_BD = np.asarray(network(scaled_BSS3, training=False))
     spread = embeddings_BD.std(axis=0).mean() / np.abs(embeddings_BD).mean()
     if not (np.isfinite(embeddings_BD).all() and spread > 0.05):
@@ -97,19 +105,35 @@ def weights(name: str, side_px: int, folder: Path) -> Path:
     return path
 
 
+def backbone_block(name: str, side_px: int, weights: Path) -> dict[str, Any]:
+    """The engine's recipe block for the same network."""
+    kind = {"kind": LITE0} if name == LITE0 else {"kind": "keras_application", "name": name}
+    return {**kind, "weights": str(weights), "input_size": side_px}
+
+
 def build_network(name: str, side_px: int) -> Any:
-    """keras.Model of keras.applications without its top, random weights: scaled (B, S, S, 3) -> (B, D)."""
+    """keras.Model without its top, random weights: scaled (B, S, S, 3) -> (B, D); of keras.applications, or Lite0."""
     import keras
 
+    if name == LITE0:
+        from engine.backbones.efficientnet_lite0 import build_lite0
+
+        network = build_lite0(side_px)
+        pooled = keras.layers.GlobalAveragePooling2D()(network.output)
+        return keras.Model(network.input, pooled, name=network.name)
     return getattr(keras.applications, name)(
         include_top=False, weights=None, pooling="avg", input_shape=(side_px, side_px, 3)
     )
 
 
 def preprocess_input(name: str) -> Any:
-    """The function with which keras.applications scales pixels 0..255 for this network."""
+    """The function that scales pixels 0..255 for this network, as keras.applications does."""
     import keras
 
+    if name == LITE0:
+        from engine.backbones.efficientnet_lite0 import PIXEL_SCALING
+
+        return PIXEL_SCALING.apply
     constructor = getattr(keras.applications, name)
     return getattr(keras.applications, constructor.__module__.rsplit(".", 1)[1]).preprocess_input
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.archive import build_network, preprocess_input, read_shard
+from tests.benchmarks.archive import backbone_block, build_network, preprocess_input, read_shard
 
 BATCH = 64
 PARTS_AHEAD = 2
@@ -191,14 +191,14 @@ def open_embedder(
     """
     from pydantic import TypeAdapter
 
-    from engine.backbones.kinds import KerasApplicationConfig, build_backbone
+    from engine.backbones.kinds import BackboneConfig, build_backbone
     from engine.runtimes.kinds import RuntimeConfig, freeze_network, open_runtime, prepare_to_freeze
     from engine.storage import StorageConfig
 
     prepare_to_freeze(os.cpu_count(), use_gpu=on_gpu)  # as in the engine, before TensorFlow computes anything
     config = TypeAdapter(RuntimeConfig).validate_python(runtime)
-    backbone = KerasApplicationConfig(name=network, weights=str(weights), input_size=side_px)
-    built = build_backbone(backbone, StorageConfig())
+    block = backbone_block(network, side_px, weights)
+    built = build_backbone(TypeAdapter(BackboneConfig).validate_python(block), StorageConfig())
     graph = freeze_network(built.network, built.scaling, built.input_size)
     return open_runtime(config, graph, os.cpu_count(), on_gpu).run
 
