@@ -1,11 +1,16 @@
-"""The plain stage of scoring: an embedding part and a bundle give a prediction part. No Ray here."""
+"""The plain stage of scoring: embedding parts and some bundles give prediction parts of each. No Ray here."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from engine.errors import TableDamaged
 from engine.heads.bundle import open_bundle
@@ -15,6 +20,26 @@ from engine.storage import ObjectInfo, StorageConfig, open_store
 from engine.tables import PredictionPartFacts, read_part, write_prediction_part
 
 PARTS_PER_ITEM_MAX = 32  # a task costs about 10 ms, a part of 1,024 rows a few
+# What a scorer reads ahead of the part it computes: object stores answer in 50 to 100 ms, a part takes 8 of a core.
+READ_AHEAD_PARTS = 8
+READ_AHEAD_BYTES = 128 << 20
+WRITES_AT_ONCE = 4  # a store that is slower than that holds the scorer up, or its memory would fill
+
+
+@dataclass(frozen=True)
+class BundleJob:
+    """One bundle, and the table that its predictions go to.
+
+    Attributes:
+        bundle_id: the bundle this run began with; one published meanwhile is refused.
+        top_k, min_confidence: as in the recipe.
+    """
+
+    bundle_uri: str
+    bundle_id: str
+    table_uri: str
+    top_k: int
+    min_confidence: float
 
 
 @dataclass(frozen=True)
@@ -22,86 +47,170 @@ class ScoreJob:
     """What every scorer needs to know; small and picklable.
 
     Attributes:
-        bundle_id: the bundle this run began with; one published meanwhile is refused.
         fingerprint: of the embeddings.
-        top_k, min_confidence: as in the recipe.
+        bundles: by their place in the recipe, those that have something to score; others are not even loaded.
     """
 
     embeddings_uri: str
-    bundle_uri: str
-    bundle_id: str
-    table_uri: str
     storage: StorageConfig
     fingerprint: str
-    top_k: int
-    min_confidence: float
+    bundles: Mapping[int, BundleJob]
 
 
 @dataclass(frozen=True)
-class ScoreReceipt:
-    """What the driver hears of one item: counts over its parts."""
+class PendingPart:
+    """An embedding part, and the places of the bundles that have not scored the version it has now."""
+
+    info: ObjectInfo
+    bundles: tuple[int, ...]
+
+
+@dataclass
+class BundleCounts:
+    """What was written for one bundle."""
 
     parts: int = 0
     rows: int = 0
     abstained: int = 0
     label_counts: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: BundleCounts) -> None:
+        """Count these too."""
+        self.parts, self.rows = self.parts + other.parts, self.rows + other.rows
+        self.abstained += other.abstained
+        for label, count in other.label_counts.items():
+            self.label_counts[label] = self.label_counts.get(label, 0) + count
+
+
+@dataclass(frozen=True)
+class ScoreReceipt:
+    """What the driver hears of one item: embedding parts read, and what was written for each bundle."""
+
+    parts_read: int
+    bundles: Mapping[int, BundleCounts]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> ScoreReceipt:
+        fields = json.loads(text)
+        bundles = {int(place): BundleCounts(**counts) for place, counts in fields["bundles"].items()}
+        return ScoreReceipt(fields["parts_read"], bundles)
+
 
 def pending_parts(
-    parts: Iterable[tuple[PartName, ObjectInfo]], predictions: set[PartName]
-) -> list[tuple[PartName, ObjectInfo]]:
-    """Embedding parts without a prediction part made from the version they have now."""
-    return [(name, info) for name, info in parts if prediction_name(name, info.identity) not in predictions]
+    parts: Iterable[tuple[PartName, ObjectInfo]], predictions: Sequence[Collection[PartName]]
+) -> list[PendingPart]:
+    """Embedding parts without a prediction part made from the version they have now.
+
+    Args:
+        predictions: of each bundle, by its place in the recipe, the prediction parts that there are.
+    """
+    pending = []
+    for name, info in parts:
+        wanted = prediction_name(name, info.identity)
+        missing = tuple(place for place, there in enumerate(predictions) if wanted not in there)
+        if missing:
+            pending.append(PendingPart(info, missing))
+    return pending
 
 
-def score_items(pending: list[tuple[PartName, ObjectInfo]], num_scorers: int) -> list[str]:
+def score_items(pending: Sequence[PendingPart], num_scorers: int) -> list[str]:
     """Cut the pending parts into items (JSON) of about equal numbers of parts, several for each scorer."""
     size = max(1, min(PARTS_PER_ITEM_MAX, len(pending) // (4 * num_scorers)))
-    infos = [(info.path, info.size, info.identity) for _, info in pending]
-    return [json.dumps(infos[first : first + size]) for first in range(0, len(infos), size)]
+    parts = [(part.info.path, part.info.size, part.info.identity, part.bundles) for part in pending]
+    return [json.dumps(parts[first : first + size]) for first in range(0, len(parts), size)]
 
 
 class PartScorer:
-    """Actor body: loads the bundle once, then scores items.
+    """Actor body: loads the bundles once, then scores items. It computes one part while others are read and written.
 
     Raises:
-        BundleError: the bundle is damaged, or another one was published since the run began.
+        BundleError: a bundle is damaged, or another one was published since the run began.
     """
 
     def __init__(self, job: ScoreJob) -> None:
         self._job = job
         self._embeddings = open_store(job.embeddings_uri, job.storage)
-        self._table = open_store(job.table_uri, job.storage)
-        bundle = open_bundle(open_store(job.bundle_uri, job.storage), job.bundle_id)
-        self._predictor = Predictor(bundle, job.top_k, job.min_confidence)
+        self._tables = {place: open_store(one.table_uri, job.storage) for place, one in job.bundles.items()}
+        self._predictors = {place: _predictor(one, job.storage) for place, one in job.bundles.items()}
+        self._readers = ThreadPoolExecutor(READ_AHEAD_PARTS, thread_name_prefix="read")
+        self._writers = ThreadPoolExecutor(WRITES_AT_ONCE, thread_name_prefix="write")
 
     def __call__(self, item: str) -> str:
-        counts: Counter[str] = Counter()
-        rows = abstained = 0
-        infos = [ObjectInfo(path, size, identity) for path, size, identity in json.loads(item)]
-        for info in infos:
-            labels = self._score_part(info)
-            counts.update(label for of_row in labels for label in of_row)
-            abstained += sum(not of_row for of_row in labels)
-            rows += len(labels)
-        return json.dumps(asdict(ScoreReceipt(len(infos), rows, abstained, dict(counts))))
+        """Score the parts of an item, each read once; answers with a ScoreReceipt."""
+        pending = [
+            PendingPart(ObjectInfo(path, size, identity), tuple(bundles))
+            for path, size, identity, bundles in json.loads(item)
+        ]
+        counts = {place: BundleCounts() for place in self._job.bundles}
+        writes: deque[Future[int]] = deque()
+        try:
+            for part, embeddings in self._read_ahead(pending):
+                for place in part.bundles:
+                    predictions = self._predictors[place].predict_table(embeddings)
+                    if len(writes) >= WRITES_AT_ONCE:
+                        writes.popleft().result()
+                    writes.append(self._writers.submit(self._write, part.info, place, predictions))
+                    counts[place].add(_counted(predictions))
+            for write in writes:
+                write.result()
+        finally:
+            wait(writes)  # nothing of an item that failed is written behind its back
+        return ScoreReceipt(len(pending), counts).to_json()
 
-    def _score_part(self, info: ObjectInfo) -> list[list[str]]:
-        """Write one prediction part and return the labels of its rows."""
+    def _read_ahead(self, pending: Sequence[PendingPart]) -> Iterator[tuple[PendingPart, pa.Table]]:
+        """Each part with the columns that its bundles take, in order, while those behind it are read."""
+        reads: deque[tuple[PendingPart, Future[pa.Table]]] = deque()
+        held = first_unread = 0
+        try:
+            while reads or first_unread < len(pending):
+                while first_unread < len(pending) and len(reads) < READ_AHEAD_PARTS:
+                    part = pending[first_unread]
+                    if reads and held + part.info.size > READ_AHEAD_BYTES:
+                        break
+                    reads.append((part, self._readers.submit(self._read, part)))
+                    held, first_unread = held + part.info.size, first_unread + 1
+                part, read = reads.popleft()
+                yield part, read.result()
+                held -= part.info.size
+        finally:
+            for _, read in reads:
+                read.cancel()
+
+    def _read(self, part: PendingPart) -> pa.Table:
+        columns = {column: None for place in part.bundles for column in self._predictors[place].columns}
+        return read_part(self._embeddings, part.info, list(columns))
+
+    def _write(self, info: ObjectInfo, place: int, predictions: pa.Table) -> int:
+        """Write one prediction part; returns its bytes."""
         name = parse_part_name(info.path)
         if name is None:
             raise TableDamaged(f"{info.path}: not the name of a part")
-        embeddings = read_part(self._embeddings, info, self._predictor.columns)
-        predictions = self._predictor.predict_table(embeddings)
         facts = PredictionPartFacts(
-            bundle=self._job.bundle_id,
+            bundle=self._job.bundles[place].bundle_id,
             fingerprint=self._job.fingerprint,
             embedding_part=str(name),
             embedding_identity=info.identity,
             rows=predictions.num_rows,
         )
-        write_prediction_part(self._table, prediction_name(name, info.identity), predictions, facts)
-        if "labels" in predictions.column_names:
-            several: list[list[str]] = predictions["labels"].to_pylist()
-            return several
-        return [[] if label is None else [label] for label in predictions["label"].to_pylist()]
+        target = prediction_name(name, info.identity)
+        return write_prediction_part(self._tables[place], target, predictions, facts)
+
+
+def _predictor(job: BundleJob, storage: StorageConfig) -> Predictor:
+    bundle = open_bundle(open_store(job.bundle_uri, storage), job.bundle_id)
+    return Predictor(bundle, job.top_k, job.min_confidence)
+
+
+def _counted(predictions: pa.Table) -> BundleCounts:
+    """Of one part: its rows, how many have no label, and how many have each."""
+    if "labels" in predictions.column_names:
+        labels = pc.list_flatten(predictions["labels"])
+        abstained = int(np.count_nonzero(pc.list_value_length(predictions["labels"]).to_numpy() == 0))
+    else:
+        labels, abstained = predictions["label"].drop_null(), predictions["label"].null_count
+    counts = pc.value_counts(labels)
+    by_label = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+    return BundleCounts(1, predictions.num_rows, abstained, dict(by_label))

@@ -71,6 +71,11 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _summary_lines(key: str, value: Any) -> list[tuple[str, str]]:
     if value is None or value == {}:
         return []
+    if (
+        isinstance(value, list) and value and isinstance(value[0], dict)
+    ):  # a line for each, without what is nested
+        plain = [{name: one for name, one in each.items() if not isinstance(one, dict)} for each in value]
+        return [line for number, each in enumerate(plain) for line in _summary_lines(f"{key} {number}", each)]
     if not isinstance(value, dict):
         return [(key, _shown(value))]
     if any(isinstance(inner, dict) for inner in value.values()):

@@ -1,4 +1,4 @@
-"""The score job: an embedding table and a bundle in, a prediction table out; only what is new is scored.
+"""The score job: an embedding table and bundles in, a prediction table of each out; only what is new is scored.
 
 engine score RECIPE            or   ray job submit --working-dir . -- python jobs/score.py RECIPE
 """
@@ -6,10 +6,11 @@ engine score RECIPE            or   ray job submit --working-dir . -- python job
 from __future__ import annotations
 
 import datetime
-import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -22,8 +23,8 @@ from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.parts import PartName
-    from engine.scoring import ScoreJob
-    from engine.storage import ObjectInfo, Store
+    from engine.scoring import BundleJob, PendingPart, ScoreReceipt
+    from engine.storage import Store
     from engine.tables import Table
 
 
@@ -48,113 +49,184 @@ class ScoredBundle(Config):
 
 
 class ScoreRecipe(Config):
-    """Recipe of `score`: an embedding table and a bundle in, predictions out."""
+    """Recipe of `score`: an embedding table and bundles in, predictions of each bundle out."""
 
     embeddings: EmbeddingInput
     """The rows to label."""
     storage: StorageConfig = StorageConfig()
     """How to reach object storage; keys come from the usual AWS environment or role."""
-    bundles: tuple[ScoredBundle, ...]
-    """The bundle to score with: one entry."""
+    bundles: tuple[ScoredBundle, ...] = Field(min_length=1)
+    """The bundles to score with, each into a table of its own; embeddings are read once for all of them."""
 
     @field_validator("bundles")
     @classmethod
-    def _one_bundle(cls, bundles: tuple[ScoredBundle, ...]) -> tuple[ScoredBundle, ...]:
-        if len(bundles) != 1:
-            raise ValueError(f"one entry is supported, not {len(bundles)}; run the job once for each bundle")
+    def _tables_of_their_own(cls, bundles: tuple[ScoredBundle, ...]) -> tuple[ScoredBundle, ...]:
+        uses = Counter(bundle.output.uri for bundle in bundles)
+        if shared := [uri for uri, count in uses.items() if count > 1]:
+            raise ValueError(f"each bundle needs an output.uri of its own; given twice: {', '.join(shared)}")
         return bundles
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What there is: the embedding table; of each bundle its job, its table and the parts that stand in it."""
+
+    embeddings: Table
+    bundles: tuple[BundleJob, ...]
+    tables: tuple[Store, ...]
+    scored: tuple[set[PartName], ...]
+
+    def pending(self) -> list[PendingPart]:
+        """What is to be read, and for which bundles."""
+        from engine.scoring import pending_parts
+
+        return pending_parts(self.embeddings.parts, self.scored)
 
 
 def run(recipe: ScoreRecipe) -> Outcome:
     """Score the embedding parts that have no predictions yet, then drop predictions of rewritten parts."""
-    from engine.on_ray import machines_of_cluster, ray_session, run_parts
-    from engine.scoring import PartScorer, score_items
     from engine.tables import claim_table, sweep_predictions
-    from engine.this_machine import machines_here
 
     started, run_id = time.monotonic(), new_run_id("score")
-    job, embeddings, predictions, pending = _look(recipe)
-    say(f"score: {len(pending):,} of {len(embeddings.parts):,} parts pending")
-    claim_table(predictions, _record(job))
-    counts: Counter[str] = Counter()
-    rows = abstained = parts = 0
-    if pending:
-        with (
-            ray_session(None, local_cpus=machines_here().cpus),
-            progress_bar("parts", len(pending)) as (bar, task),
-        ):
-            scorers = max(1, min(len(pending), int(machines_of_cluster().cpus)))
-            items = score_items(pending, scorers)
-            for receipt in map(json.loads, run_parts(PartScorer, (job,), items, scorers, actor_cpus=1)):
-                counts.update(receipt["label_counts"])
-                rows, abstained = rows + receipt["rows"], abstained + receipt["abstained"]
-                parts += receipt["parts"]
-                bar.update(task, completed=parts, rate=f"{rows / (time.monotonic() - started):,.0f} rows/s")
-    swept = sweep_predictions(predictions, lambda: _wanted_now(embeddings.store))
-    if swept:
-        say(f"removed {swept:,} prediction parts of rewritten embeddings")
-    seconds = time.monotonic() - started
-    return Outcome(
-        {
-            "verb": "score",
-            "run_id": run_id,
-            "table": predictions.uri,
-            "bundle": job.bundle_id,
-            "parts_written": parts,
-            "rows": rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(rows / seconds, 1),
-            "label_counts": dict(counts.most_common()),
-            "abstained": abstained,
-        }
+    look = _look(recipe)
+    pending = look.pending()
+    say(f"score: {len(pending):,} of {len(look.embeddings.parts):,} parts pending")
+    for bundle, table in zip(look.bundles, look.tables, strict=True):
+        _require_same(claim_table(table, _record(look, bundle)), _contract(look, bundle), table.uri)
+    receipts = _scored(recipe, look, pending, started) if pending else []
+    for table in look.tables:
+        if swept := sweep_predictions(table, lambda: _wanted_now(look.embeddings.store)):
+            say(f"removed {swept:,} prediction parts of rewritten embeddings")
+    return Outcome(_summary(run_id, look, receipts, time.monotonic() - started))
+
+
+def _scored(
+    recipe: ScoreRecipe, look: _Look, pending: Sequence[PendingPart], started: float
+) -> list[ScoreReceipt]:
+    """Spread the pending parts over scorers, one for each core."""
+    from engine.on_ray import machines_of_cluster, ray_session, run_parts
+    from engine.scoring import PartScorer, ScoreJob, ScoreReceipt, score_items
+    from engine.this_machine import machines_here
+
+    job = ScoreJob(
+        embeddings_uri=look.embeddings.store.uri,
+        storage=recipe.storage,
+        fingerprint=look.embeddings.record["fingerprint"],
+        bundles={place: look.bundles[place] for part in pending for place in part.bundles},
     )
+    receipts: list[ScoreReceipt] = []
+    parts = rows = 0
+    with (
+        ray_session(None, local_cpus=machines_here().cpus),
+        progress_bar("parts", len(pending)) as (bar, task),
+    ):
+        scorers = max(1, min(len(pending), int(machines_of_cluster().cpus)))
+        items = score_items(pending, scorers)
+        for receipt in map(
+            ScoreReceipt.from_json, run_parts(PartScorer, (job,), items, scorers, actor_cpus=1)
+        ):
+            receipts.append(receipt)
+            parts += receipt.parts_read
+            rows += sum(counts.rows for counts in receipt.bundles.values())
+            bar.update(task, completed=parts, rate=f"{rows / (time.monotonic() - started):,.0f} rows/s")
+    return receipts
+
+
+def _summary(run_id: str, look: _Look, receipts: Sequence[ScoreReceipt], seconds: float) -> dict[str, Any]:
+    """Counts of all bundles together, then of each; what only one bundle can have stands above only if it is alone."""
+    from engine.scoring import BundleCounts
+
+    totals = [BundleCounts() for _ in look.bundles]
+    for receipt in receipts:
+        for place, counts in receipt.bundles.items():
+            totals[place].add(counts)
+    bundles = [
+        {
+            "table": job.table_uri,
+            "bundle": job.bundle_id,
+            "parts_written": total.parts,
+            "rows": total.rows,
+            "label_counts": _most_first(total.label_counts),
+            "abstained": total.abstained,
+        }
+        for job, total in zip(look.bundles, totals, strict=True)
+    ]
+    rows = sum(total.rows for total in totals)
+    alone = bundles[0] if len(bundles) == 1 else {"table": None, "bundle": None, "label_counts": {}}
+    return {
+        "verb": "score",
+        "run_id": run_id,
+        "table": alone["table"],
+        "bundle": alone["bundle"],
+        "parts_read": sum(receipt.parts_read for receipt in receipts),
+        "parts_written": sum(total.parts for total in totals),
+        "rows": rows,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(rows / seconds, 1),
+        "label_counts": alone["label_counts"],
+        "abstained": sum(total.abstained for total in totals),
+        "bundles": bundles,
+    }
+
+
+def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda of_label: -of_label[1]))
 
 
 def plan(recipe: ScoreRecipe) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing."""
-    job, embeddings, predictions, pending = _look(recipe)
+    look = _look(recipe)
+    pending = look.pending()
+    facts: dict[str, Any] = {"verb": "score", "embeddings": look.embeddings.store.uri}
+    for place, job in enumerate(look.bundles):
+        name = "" if len(look.bundles) == 1 else f" {place}"
+        facts[f"bundle{name}"] = f"{job.bundle_id} at {job.bundle_uri}"
+        facts[f"table{name}"] = job.table_uri
+        if len(look.bundles) > 1:
+            facts[f"parts_pending{name}"] = sum(place in part.bundles for part in pending)
     return {
-        "verb": "score",
-        "embeddings": job.embeddings_uri,
-        "bundle": f"{job.bundle_id} at {job.bundle_uri}",
-        "table": predictions.uri,
-        "parts": len(embeddings.parts),
+        **facts,
+        "parts": len(look.embeddings.parts),
         "parts_pending": len(pending),
-        "bytes_pending": sum(info.size for _, info in pending),
-        "incomplete_shards": embeddings.incomplete_shards,
+        "bytes_pending": sum(part.info.size for part in pending),
+        "incomplete_shards": look.embeddings.incomplete_shards,
     }
 
 
-def _look(recipe: ScoreRecipe) -> tuple[ScoreJob, Table, Store, list[tuple[PartName, ObjectInfo]]]:
-    """Listings, records and the bundle's manifest; refuses what does not belong together."""
+def _look(recipe: ScoreRecipe) -> _Look:
+    """Listings, records and the bundles' manifests; refuses what does not belong together."""
+    from engine.storage import open_store
+    from engine.tables import open_table, part_names, read_record
+
+    embeddings = open_table(open_store(recipe.embeddings.uri, recipe.storage))
+    bundles = tuple(_bundle_job(recipe, wanted, embeddings) for wanted in recipe.bundles)
+    tables = tuple(open_store(wanted.output.uri, recipe.storage) for wanted in recipe.bundles)
+    look = _Look(embeddings, bundles, tables, tuple(set(part_names(table)) for table in tables))
+    for bundle, table in zip(bundles, tables, strict=True):
+        record = read_record(table, "predictions")
+        if record is not None:
+            _require_same(record, _contract(look, bundle), table.uri)
+    return look
+
+
+def _bundle_job(recipe: ScoreRecipe, wanted: ScoredBundle, embeddings: Table) -> BundleJob:
+    """One bundle, which must have been fitted on such embeddings."""
     from engine.heads.bundle import check_fingerprint, open_bundle
     from engine.heads.side_features import side_columns
-    from engine.scoring import ScoreJob, pending_parts
+    from engine.scoring import BundleJob
     from engine.storage import open_store
-    from engine.tables import check_contract, list_parts, open_table, read_record
 
-    (wanted,) = recipe.bundles
-    embeddings = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle = open_bundle(open_store(wanted.uri, recipe.storage))
     check_fingerprint(bundle, embeddings.record)
     if bundle.manifest.side_features:
         require_columns(embeddings, side_columns(bundle.manifest.side_features), "the bundle's side features")
-    predictions = open_store(wanted.output.uri, recipe.storage)
-    job = ScoreJob(
-        embeddings_uri=embeddings.store.uri,
+    return BundleJob(
         bundle_uri=bundle.store.uri,
         bundle_id=bundle.id,
-        table_uri=predictions.uri,
-        storage=recipe.storage,
-        fingerprint=embeddings.record["fingerprint"],
+        table_uri=wanted.output.uri,
         top_k=wanted.output.top_k,
         min_confidence=wanted.output.min_confidence,
     )
-    record = read_record(predictions, "predictions")
-    if record is not None:
-        check_contract(record, _contract(job), predictions.uri)
-    scored = {name for name, _ in list_parts(predictions)}
-    return job, embeddings, predictions, pending_parts(embeddings.parts, scored)
 
 
 def _wanted_now(embeddings: Store) -> set[PartName]:
@@ -165,30 +237,37 @@ def _wanted_now(embeddings: Store) -> set[PartName]:
     return {prediction_name(name, info.identity) for name, info in open_table(embeddings).parts}
 
 
-def _contract(job: ScoreJob) -> dict[str, Any]:
+def _require_same(record: Mapping[str, Any], contract: Mapping[str, Any], table_uri: str) -> None:
+    """Refuse a table of another contract, also one with fields that this run has not got (they show as null)."""
+    from engine.tables import check_contract
+
+    check_contract(record, {**dict.fromkeys(record["contract"]), **contract}, table_uri)
+
+
+def _contract(look: _Look, job: BundleJob) -> dict[str, Any]:
     """Every field that changes what a prediction part contains."""
     from engine.schema import SCHEMA_VERSION
 
     return {
         "schema_version": SCHEMA_VERSION,
-        "embeddings.uri": job.embeddings_uri,
-        "fingerprint": job.fingerprint,
+        "embeddings.uri": look.embeddings.store.uri,
+        "fingerprint": look.embeddings.record["fingerprint"],
         "bundle": job.bundle_id,
         "top_k": job.top_k,
         "min_confidence": job.min_confidence,
     }
 
 
-def _record(job: ScoreJob) -> dict[str, Any]:
-    contract = _contract(job)
+def _record(look: _Look, job: BundleJob) -> dict[str, Any]:
+    contract = _contract(look, job)
     return {
         "kind": "predictions",
         "schema_version": contract["schema_version"],
         "contract": contract,
-        "fingerprint": job.fingerprint,
+        "fingerprint": contract["fingerprint"],
         "bundle": job.bundle_id,
         "bundle_uri": job.bundle_uri,
-        "source_uri": job.embeddings_uri,
+        "source_uri": contract["embeddings.uri"],
         "engine_version": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

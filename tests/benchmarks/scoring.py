@@ -1,0 +1,209 @@
+"""Rows per second of `engine score` from embeddings, beside merely reading them and beside `model.predict`.
+
+    python -m tests.benchmarks.scoring            # 50,000 and 250,000 rows of 1280 float32; 1.6 GB of disk
+    python -m tests.benchmarks.scoring --quick    # see that it runs; the figures mean nothing
+
+A linear head with 100 classes, the five best kept, parts of 1,024 rows on a local disk. They have just been written, so
+that all contenders read from the page cache: what is measured is processors, not the disk. Contenders are processes of
+their own and take turns; rates are marginal, further rows / further seconds of whole processes between two sizes,
+medians over the rounds, so that start-up does not count.
+
+    engine       `engine score RECIPE --json`, on all cores
+    read         pyarrow's dataset reads the column `embedding` and drops it, on all cores, with its defaults
+    ray_predict  Ray Data: `read_parquet`, an actor with `model.predict` and NumPy's argsort, `write_parquet`
+
+Shape letters: N rows, D embedding width, K classes, k top entries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tests.benchmarks.report import Ratio
+from tests.benchmarks.throughput import REPOSITORY, _result_path, machine_facts
+from tests.embedding_tables import publish_linear, write_table
+
+WIDTH, CLASSES, TOP_K, ROWS_PER_PART = 1280, 100, 5, 1024
+ROWS_PER_SHARD = 50 * ROWS_PER_PART
+SIZES = {"engine": (50_000, 250_000), "read": (50_000, 250_000), "ray_predict": (10_000, 50_000)}
+QUICK_SIZES = (2_000, 6_000)
+ROUNDS = 3
+
+
+def make_table(folder: Path, rows: int) -> Path:
+    """An embedding table of so many rows; all shards hold the same numbers."""
+    random = np.random.default_rng(0)
+    full_ND = random.normal(size=(min(rows, ROWS_PER_SHARD), WIDTH)).astype(np.float32)
+    starts = range(0, rows, ROWS_PER_SHARD)
+    shards = {f"{start:08d}.tar": full_ND[: min(rows - start, ROWS_PER_SHARD)] for start in starts}
+    write_table(folder, shards, ROWS_PER_PART)
+    return folder
+
+
+def make_bundle(folder: Path) -> Path:
+    """A linear head whose answers are neither sure nor alike."""
+    random = np.random.default_rng(1)
+    kernel_DK = random.normal(size=(WIDTH, CLASSES), scale=0.1)
+    names = tuple(f"class {number:03d}" for number in range(CLASSES))
+    publish_linear(folder, kernel_DK, random.normal(size=CLASSES), names)
+    return folder
+
+
+def engine(table: Path, bundle: Path, out: Path) -> int:
+    """The command as users run it."""
+    output = {"uri": str(out), "top_k": TOP_K}
+    recipe = {"embeddings": {"uri": str(table)}, "bundles": [{"uri": str(bundle), "output": output}]}
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "jobs.cli", "score", str(path), "--json"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+    rows: int = json.loads(done.stdout.splitlines()[-1])["rows"]
+    return rows
+
+
+def read(table: Path, bundle: Path, out: Path) -> int:
+    """No more than the embeddings, no further than memory."""
+    import pyarrow.dataset as ds
+
+    del bundle, out
+    return sum(batch.num_rows for batch in ds.dataset(table / "data").to_batches(columns=["embedding"]))
+
+
+def ray_predict(table: Path, bundle: Path, out: Path) -> int:
+    """As the page "Offline batch inference" of Ray's documentation puts it together."""
+    import pyarrow.dataset as ds
+    import ray
+
+    from engine.heads.bundle import open_bundle
+    from engine.storage import open_store
+
+    class Label:
+        def __init__(self) -> None:
+            opened = open_bundle(open_store(str(bundle)))
+            self.model, self.names = opened.network(), np.array(opened.manifest.classes)
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            logits_NK = self.model.predict(np.stack(batch["embedding"]), verbose=0)
+            raised_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
+            confidences_NK = raised_NK / raised_NK.sum(axis=1, keepdims=True)
+            best_Nk = np.argsort(-confidences_NK, axis=1)[:, :TOP_K]
+            return {
+                "key": batch["key"],
+                "label": self.names[best_Nk[:, 0]],
+                "top_labels": self.names[best_Nk],
+                "top_confidences": np.take_along_axis(confidences_NK, best_Nk, axis=1),
+            }
+
+    dataset = ray.data.read_parquet(str(table / "data"), columns=["key", "embedding"])
+    labelled = dataset.map_batches(Label, batch_size=1024, compute=ray.data.ActorPoolStrategy(size=1))
+    labelled.write_parquet(str(out))
+    return ds.dataset(out).count_rows()
+
+
+CONTENDERS: dict[str, Callable[[Path, Path, Path], int]] = {
+    "engine": engine,
+    "read": read,
+    "ray_predict": ray_predict,
+}
+
+
+def seconds_of(name: str, table: Path, bundle: Path, rows: int) -> float:
+    """Wall-clock of a whole process, from outside; its rows are counted."""
+    with tempfile.TemporaryDirectory(prefix="engine-scoring-out-", dir=table.parent) as folder:
+        arguments = [f"--contender={name}", f"--table={table}", f"--bundle={bundle}", f"--out={folder}/out"]
+        command = [sys.executable, "-m", "tests.benchmarks.scoring", *arguments]
+        started = time.perf_counter()
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+        seconds = time.perf_counter() - started
+    found = int(done.stdout.splitlines()[-1])
+    if found != rows:
+        raise RuntimeError(f"{name}: {found:,} rows came out of {rows:,}")
+    return seconds
+
+
+def measured(folder: Path, sizes: dict[str, tuple[int, int]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Of each contender its sizes, its seconds and its marginal rows per second."""
+    bundle = make_bundle(folder / "bundle")
+    tables = {
+        rows: make_table(folder / f"{rows}", rows) for rows in sorted({n for s in sizes.values() for n in s})
+    }
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sizes}
+    for number in range(rounds):
+        for which in (0, 1):
+            for name, both in sizes.items():
+                took = seconds_of(name, tables[both[which]], bundle, both[which])
+                seconds[name][which].append(took)
+                print(f"round {number}: {name:12} {both[which]:>8,} rows {took:7.2f} s", file=sys.stderr)
+    found = {}
+    for name, (small, large) in sizes.items():
+        further_s = statistics.median(seconds[name][1]) - statistics.median(seconds[name][0])
+        rate = (large - small) / further_s
+        found[name] = {"rows": [small, large], "seconds": seconds[name], "rows_per_second": rate}
+    return found
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> list[Ratio]:
+    """Beside their goals."""
+    rate = {name: one["rows_per_second"] for name, one in found.items()}
+    return [
+        Ratio("scoring/engine/read", rate["engine"] / rate["read"], 0.5),
+        Ratio("scoring/engine/ray_predict", rate["engine"] / rate["ray_predict"], 20.0),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="see that it runs; the figures mean nothing")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "benchmarks" / "results")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        print(CONTENDERS[options.contender](options.table, options.bundle, options.out))
+        return
+    sizes = {name: QUICK_SIZES if options.quick else SIZES[name] for name in options.only}
+    machine = machine_facts()
+    with tempfile.TemporaryDirectory(prefix="engine-scoring-") as folder:
+        found = measured(Path(folder), sizes, 1 if options.quick else options.rounds)
+    for name, one in found.items():
+        print(f"{name:12} {one['rows_per_second']:>12,.0f} rows/s")
+    if set(found) != set(CONTENDERS):
+        return
+    judged = ratios(found)
+    document = {
+        "machine": machine,
+        "quick": options.quick,
+        "width": WIDTH,
+        "classes": CLASSES,
+        "top_k": TOP_K,
+        "rows_per_part": ROWS_PER_PART,
+        "scoring": found,
+        "ratios": [
+            {"name": one.name, "value": one.value, "goal": one.goal, "verdict": one.verdict} for one in judged
+        ],
+    }
+    path = _result_path(options.out)
+    path = path.with_name(path.stem + "-scoring.json")
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(*(one.line() for one in judged), f"written: {path}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Embedding tables of given rows and bundles with given numbers, for tests and benchmarks of what reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine.heads.bundle import Bundle, TrainedHead, publish_bundle
+from engine.heads.kinds import LinearHeadConfig, build_head
+from engine.parts import part_name
+from engine.schema import SCHEMA_VERSION, embeddings_schema, rejects_schema
+from engine.storage import Store, open_store
+from engine.tables import EmbeddingPartFacts, claim_table, write_embedding_part
+
+FINGERPRINT = "f" * 64
+IDENTITY = "etag:0:1"
+
+
+def claim_embeddings(store: Store, width: int, rows_per_part: int) -> None:
+    """The record of an embedding table without parts."""
+    contract = {"fingerprint": FINGERPRINT, "source.uri": "/made", "source.kind": "webdataset"}
+    contract |= {"output.dtype": "float32", "output.rows_per_part": rows_per_part}  # type: ignore[dict-item]
+    record: dict[str, Any] = {
+        "kind": "embeddings",
+        "schema_version": SCHEMA_VERSION,
+        "contract": contract | {"limits.keep_reject_bytes": False},
+        "fingerprint": FINGERPRINT,
+        "source_uri": "/made",
+        "width": width,
+        "rows_per_part": rows_per_part,
+    }
+    claim_table(store, record)
+
+
+def write_part(
+    store: Store, shard: str, number: int, last: bool, first: int, embeddings_ND: NDArray[np.float32]
+) -> None:
+    """One part of rows `first`, `first` + 1 ... of the shard; their keys are `<shard>-<index:08d>`."""
+    count, width = embeddings_ND.shape
+    flat = pa.array(embeddings_ND.reshape(-1))
+    schema = embeddings_schema(width, "float32")
+    columns = {
+        "key": [f"{shard}-{first + row:08d}" for row in range(count)],
+        "shard": [shard] * count,
+        "index": np.arange(first, first + count),
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
+        "label": pa.nulls(count, pa.string()),
+        "image_width": np.full(count, 8, np.int32),
+        "image_height": np.full(count, 8, np.int32),
+        "sha256": pa.array([bytes(32)] * count, pa.binary(32)),
+    }
+    facts = EmbeddingPartFacts(FINGERPRINT, "/made", shard, IDENTITY, None, None, count, 0, None, "")
+    name = part_name(shard, IDENTITY, number, last)
+    rejects = rejects_schema(keep_bytes=False).empty_table()
+    write_embedding_part(store, name, pa.table(columns, schema=schema), rejects, facts)
+
+
+def write_table(folder: Path, shards: dict[str, NDArray[np.float32]], rows_per_part: int) -> Store:
+    """A whole table: of each shard its embeddings (N, D), cut into parts."""
+    store = open_store(str(folder))
+    width = next(iter(shards.values())).shape[1]
+    claim_embeddings(store, width, rows_per_part)
+    for shard, embeddings_ND in shards.items():
+        starts = range(0, len(embeddings_ND), rows_per_part)
+        for number, start in enumerate(starts):
+            rows_ND = embeddings_ND[start : start + rows_per_part]
+            write_part(store, shard, number, number == len(starts) - 1, start, rows_ND)
+    return store
+
+
+def publish_linear(
+    folder: Path, kernel_DK: NDArray[Any], bias_K: NDArray[Any], classes: tuple[str, ...]
+) -> Bundle:
+    """A bundle of a linear head with these numbers."""
+    width, num_classes = kernel_DK.shape
+    network = build_head(LinearHeadConfig(), width, num_classes, seed=0)
+    network.set_weights([kernel_DK, bias_K])
+    return publish_bundle(
+        open_store(str(folder)),
+        TrainedHead(LinearHeadConfig(), network, classes, "single_label"),
+        table_record={"fingerprint": FINGERPRINT, "width": width},
+        metrics={},
+        recipe={},
+    )

@@ -1,0 +1,255 @@
+"""`engine score` on embeddings: several bundles in one pass, what a rerun and a killed run do, and the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from numpy.typing import NDArray
+
+from engine.heads.bundle import open_bundle
+from engine.scoring import BundleJob, PartScorer, PendingPart, ScoreJob, ScoreReceipt, score_items
+from engine.storage import StorageConfig, Store, open_store
+from engine.tables import open_table
+from tests.commands import Engine, start, wait_for_parts
+from tests.embedding_tables import FINGERPRINT, publish_linear, write_part, write_table
+from tests.flows.archives import write_recipe
+
+WIDTH, CLASSES = 13, ("ant", "bee", "cat", "dog", "eel")
+ROWS = {"a.tar": 41, "b.tar": 29, "c.tar": 7}  # parts of 17 rows: 3 + 2 + 1
+PARTS = 6
+
+
+def embeddings_of(shard: str, rows: int) -> NDArray[np.float32]:
+    return np.random.default_rng([ord(shard[0]), rows]).normal(size=(rows, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An embedding table, and two bundles that answer differently."""
+    write_table(
+        tmp_path / "embeddings", {shard: embeddings_of(shard, rows) for shard, rows in ROWS.items()}, 17
+    )
+    for name, seed in (("one", 1), ("two", 2)):
+        random = np.random.default_rng(seed)
+        publish_linear(tmp_path / name, random.normal(size=(WIDTH, 5)), random.normal(size=5), CLASSES)
+    return tmp_path
+
+
+def recipe_of(folder: Path, *bundles: str, name: str = "score.yaml", **output: Any) -> Path:
+    """A recipe that scores with bundles of these names into tables `labels-<name>`."""
+    document = {
+        "embeddings": {"uri": str(folder / "embeddings")},
+        "bundles": [
+            {"uri": str(folder / name), "output": {"uri": str(folder / f"labels-{name}"), **output}}
+            for name in bundles
+        ],
+    }
+    return write_recipe(folder, name, json.dumps(document))
+
+
+def files_of(table: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (table / "data").glob("*.parquet")}
+
+
+def predictions_in(table: Path) -> pa.Table:
+    """Its rows by shard and index."""
+    return ds.dataset(table / "data").to_table().sort_by([("shard", "ascending"), ("index", "ascending")])
+
+
+def test_several_bundles_are_scored_in_one_pass_as_each_would_be_alone(engine: Engine, folder: Path) -> None:
+    ended = engine("score", recipe_of(folder, "one", "two", top_k=3), "--json")
+    assert ended.code == 0, ended.stderr
+    summary = ended.summary
+    assert (summary["parts_read"], summary["parts_written"], summary["rows"]) == (PARTS, 2 * PARTS, 2 * 77)
+    assert (summary["table"], summary["bundle"], summary["label_counts"]) == (None, None, {})
+    together = {name: files_of(folder / f"labels-{name}") for name in ("one", "two")}
+    for place, name in enumerate(("one", "two")):
+        told, table = summary["bundles"][place], folder / f"labels-{name}"
+        labels = predictions_in(table)["label"].to_pylist()
+        assert told == {
+            "table": str(table),
+            "bundle": open_bundle(open_store(str(folder / name))).id,
+            "parts_written": PARTS,
+            "rows": 77,
+            "label_counts": dict(Counter(labels)),
+            "abstained": 0,
+        }
+        table.rename(folder / f"kept-{name}")
+        ended = engine("score", recipe_of(folder, name, top_k=3), "--json")
+        assert ended.code == 0, ended.stderr
+        assert files_of(table) == together[name]
+        assert ended.summary["bundles"] == [told]
+        assert {key: ended.summary[key] for key in told} == told
+    assert together["one"] != together["two"]
+
+
+def test_a_rerun_does_nothing_and_a_bundle_that_is_added_reads_for_itself_alone(
+    engine: Engine, folder: Path
+) -> None:
+    assert engine("score", recipe_of(folder, "one")).code == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "labels-one").rglob("*")}
+    again = engine("score", recipe_of(folder, "one"), "--json").summary
+    assert (again["parts_read"], again["parts_written"], again["rows"]) == (0, 0, 0)
+    (folder / "one" / "bundle.json").rename(folder / "kept.json")  # what is whole is not scored again:
+    os.link(folder / "kept.json", folder / "one" / "bundle.json")
+    for tensors in (*folder.glob("one/matrix.*"), *folder.glob("one/head.*")):
+        tensors.unlink()  # its tensors are not even read
+    added = engine("score", recipe_of(folder, "one", "two"), "--json")
+    assert added.code == 0, added.stderr
+    assert [told["parts_written"] for told in added.summary["bundles"]] == [0, PARTS]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "labels-one").rglob("*")} == before
+    two_parts = sorted((folder / "labels-two" / "data").iterdir())[:2]
+    for part in two_parts:
+        part.unlink()
+    plan = json.loads(engine("score", recipe_of(folder, "one", "two"), "--plan", "--json").stdout)
+    assert (plan["parts_pending 0"], plan["parts_pending 1"], plan["parts_pending"]) == (0, 2, 2)
+
+
+def test_a_rewritten_embedding_part_is_scored_again_for_every_bundle_and_its_old_predictions_go(
+    engine: Engine, folder: Path
+) -> None:
+    recipe = recipe_of(folder, "one", "two")
+    assert engine("score", recipe).code == 0
+    before = {name: set(files_of(folder / f"labels-{name}")) for name in ("one", "two")}
+    changed_ND = -embeddings_of("c.tar", ROWS["c.tar"])
+    write_part(open_store(str(folder / "embeddings")), "c.tar", 0, True, 0, changed_ND)
+    ended = engine("score", recipe, "--json")
+    assert [told["rows"] for told in ended.summary["bundles"]] == [7, 7]
+    for name in ("one", "two"):
+        after = set(files_of(folder / f"labels-{name}"))
+        assert (len(after - before[name]), len(before[name] - after), len(after)) == (1, 1, PARTS)
+
+
+def test_two_bundles_cannot_share_a_table(engine: Engine, folder: Path) -> None:
+    recipe = folder / "shared.yaml"
+    output = {"output": {"uri": str(folder / "labels")}}
+    with_slash = {"output": {"uri": f"{folder}/labels/"}}
+    bundles = [{"uri": str(folder / "one"), **output}, {"uri": str(folder / "two"), **with_slash}]
+    recipe.write_text(json.dumps({"embeddings": {"uri": str(folder / "embeddings")}, "bundles": bundles}))
+    ended = engine("score", recipe)
+    assert ended.code == 2
+    assert f"given twice: {folder}/labels" in ended.stderr
+    assert not (folder / "labels").exists()
+
+
+def test_a_table_of_another_contract_is_refused_before_any_table_is_begun(
+    engine: Engine, folder: Path
+) -> None:
+    assert engine("score", recipe_of(folder, "two", top_k=2)).code == 0
+    ended = engine("score", recipe_of(folder, "one", "two", top_k=3))
+    assert ended.code == 1
+    assert "top_k: the table has 2, this run 3" in ended.stderr
+    assert not (folder / "labels-one").exists()
+
+
+def test_a_run_that_is_killed_twice_leaves_the_same_tables_in_the_end(
+    engine: Engine, folder: Path, repository: Path
+) -> None:
+    rows_ND = np.random.default_rng(5).normal(size=(4000, WIDTH)).astype(np.float32)
+    write_table(folder / "embeddings", {"d.tar": rows_ND}, 17)
+    recipe, tables = recipe_of(folder, "one", "two"), [folder / "labels-one", folder / "labels-two"]
+    for number in range(2):
+        process = start("score", repository, recipe)
+        wait_for_parts(tables[1], 20 * (number + 1), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    begun = [len(files_of(table)) for table in tables]
+    assert max(begun) < PARTS + 236
+    ended = engine("score", recipe, "--json")
+    assert ended.code == 0, ended.stderr
+    for told, count in zip(
+        ended.summary["bundles"], begun, strict=True
+    ):  # scorers may outlive their driver by a part or two
+        assert 0 < told["parts_written"] <= PARTS + 236 - count
+    killed = [predictions_in(table) for table in tables]
+    for table in tables:
+        table.rename(table.with_name(f"{table.name}-killed"))
+    assert engine("score", recipe).code == 0
+    assert [predictions_in(table) for table in tables] == killed
+    assert killed[0].num_rows == 4077
+
+
+# ---------------------------------------------------------------- one actor, without Ray
+
+
+_LISTENERS: list[list[str]] = []
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str):
+        for opened in _LISTENERS:
+            opened.append(arguments[0])
+
+
+sys.addaudithook(_note_opened)
+
+
+@contextmanager
+def files_opened() -> Iterator[list[str]]:
+    """Paths of the files that are opened meanwhile, as the interpreter tells them."""
+    _LISTENERS.append([])
+    try:
+        yield _LISTENERS[-1]
+    finally:
+        _LISTENERS.pop()
+
+
+def job_of(folder: Path, *names: str) -> ScoreJob:
+    bundles = {}
+    for place, name in enumerate(names):
+        bundle = open_bundle(open_store(str(folder / name)))
+        bundles[place] = BundleJob(bundle.store.uri, bundle.id, str(folder / f"labels-{name}"), 3, 0.0)
+    return ScoreJob(str(folder / "embeddings"), StorageConfig(), FINGERPRINT, bundles)
+
+
+def parts_of(folder: Path) -> list[Any]:
+    store: Store = open_store(str(folder / "embeddings"))
+    return [info for _, info in open_table(store).parts]
+
+
+def test_each_embedding_part_is_read_once_for_all_bundles_that_want_it(folder: Path) -> None:
+    scorer, infos = PartScorer(job_of(folder, "one", "two")), parts_of(folder)
+    wanted = [(0, 1), (1,), (0,), (0, 1), (0, 1), (1,)]
+    pending = [PendingPart(info, bundles) for info, bundles in zip(infos, wanted, strict=True)]
+    with files_opened() as opened:
+        answers = [ScoreReceipt.from_json(scorer(item)) for item in score_items(pending, 1)]
+    read = Counter(path for path in opened if path.startswith(f"{folder}/embeddings/"))
+    assert read == {f"{folder}/embeddings/{info.path}": 1 for info in infos}
+    assert sum(answer.parts_read for answer in answers) == PARTS
+    for place, name, parts in ((0, "one", 4), (1, "two", 5)):
+        assert sum(answer.bundles[place].parts for answer in answers) == parts
+        assert len(files_of(folder / f"labels-{name}")) == parts
+
+
+def test_a_scorer_of_matrix_products_loads_neither_tensorflow_nor_keras(
+    folder: Path, repository: Path
+) -> None:
+    script = f"""
+import pickle, sys
+from pathlib import Path
+from engine.scoring import PartScorer
+job, item = pickle.loads(Path({str(folder / "job.pickle")!r}).read_bytes())
+PartScorer(job)(item)
+print(sorted({{"tensorflow", "keras", "ray"}} & set(sys.modules)))
+"""
+    (item,) = score_items([PendingPart(info, (0, 1)) for info in parts_of(folder)][:1], 1)
+    (folder / "job.pickle").write_bytes(pickle.dumps((job_of(folder, "one", "two"), item)))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert len(files_of(folder / "labels-two")) == 1
