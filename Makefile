@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-growth bench-planning lint format lock clean
+.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-growth bench-planning lint format lock clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -23,9 +23,9 @@ chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/R
 	  tests/test_storage.py tests/flows/test_three_jobs_on_s3.py tests/faults/test_faulty_storage.py
 	ENGINE_CHAOS_ROUNDS=3 ENGINE_CHAOS_ON=s3 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/faults/test_chaos.py
 
-bench: .venv/.installed  ## images/s of the engine, of hand-written programs and of the limit, then heads and fine-tuning; `make bench NETWORK=MobileNetV2`
+bench: .venv/.installed  ## images/s of the engine, of hand-written programs and of the limit, then heads, fine-tuning and scoring; `make bench NETWORK=MobileNetV2`
 	.venv/bin/python -m tests.benchmarks.throughput $(if $(NETWORK),--network $(NETWORK)) $(BENCH)
-	$(if $(NETWORK)$(BENCH),,$(MAKE) bench-heads bench-finetuning)
+	$(if $(NETWORK)$(BENCH),,$(MAKE) bench-heads bench-finetuning bench-scoring)
 
 bench-decoding: .venv/.installed  ## time and fidelity of decoding, beside OpenCV, Pillow and TensorFlow
 	.venv/bin/python -m tests.benchmarks.decoding
@@ -36,6 +36,9 @@ bench-heads: .venv/.installed  ## heads beside scikit-learn: accuracy, time, wha
 
 bench-finetuning: .venv/.installed  ## fine-tuning: what it is worth on two real sets, and its rate beside a Keras fit
 	.venv/bin/python -m tests.benchmarks.finetuning $(BENCH)
+
+bench-scoring: .venv/.installed  ## rows/s of scoring from embeddings, beside reading them and beside Keras in Ray Data
+	.venv/bin/python -m tests.benchmarks.scoring $(BENCH)
 
 bench-growth: .venv/.installed  ## how the rate grows with actors, shards, images and parts; `make bench-growth BENCH=--quick`
 	.venv/bin/python -m tests.benchmarks.growth $(BENCH)

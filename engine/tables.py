@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, TableDamaged
 from engine.parts import PartName, Progress, TableProgress, parse_part_name, path16_of
+from engine.plain_pages import read_plain_lists
 from engine.schema import SCHEMA_VERSION
 from engine.storage import ObjectInfo, Store
 
@@ -356,10 +357,9 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
         TableDamaged: it is not Parquet, or lacks a column.
     """
     is_whole = columns is None or "embedding" in columns or info.size <= _READ_AT_ONCE_BYTES
-    # A BufferReader does not copy: 2.9 ms for a part of 1,024 x 1280 float32, and 3.5 through a BytesIO (2026-11-23).
-    source = pa.BufferReader(store.read(info.path, expected=info)) if is_whole else _PartEnd(store, info)
+    content = store.read(info.path, expected=info) if is_whole else None
     try:
-        file = pq.ParquetFile(source)
+        file = pq.ParquetFile(_PartEnd(store, info) if content is None else pa.BufferReader(content))
         absent = sorted(set(columns or ()) - set(file.schema_arrow.names))
         if absent:
             raise TableDamaged(
@@ -367,6 +367,8 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
                 found=", ".join(file.schema_arrow.names),
                 way_out="check the names of columns in the recipe",
             )
+        if content is not None and (columns is None or "embedding" in columns):
+            return _with_embeddings(content, file, columns)
         return file.read(columns=list(columns) if columns is not None else None)
     except (pa.ArrowInvalid, OSError) as error:
         raise TableDamaged(
@@ -374,6 +376,18 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
             found=str(error),
             way_out="delete the file and run the job that wrote it again",
         ) from None
+
+
+def _with_embeddings(content: bytes, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table:
+    """What `file.read` gives, in a third of its time: the embeddings are copied from their pages."""
+    wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    place = file.schema_arrow.names.index("embedding") if "embedding" in wanted else -1
+    lists = read_plain_lists(content, file.schema_arrow, place) if place >= 0 else None
+    if lists is None:
+        return file.read(columns=wanted)
+    # The rest takes 0.16 ms, less than handing it to a pool of threads that others wait for.
+    rest = file.read(columns=[name for name in wanted if name != "embedding"], use_threads=False)
+    return rest.add_column(wanted.index("embedding"), file.schema_arrow.field(place), lists)
 
 
 def version_to_read(versions: Mapping[str, Progress]) -> str:

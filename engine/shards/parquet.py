@@ -32,14 +32,7 @@ from typing import final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.schema import RejectReason
-from engine.shards.base import Resume, Sample, ShardReader, objects_matching
-from engine.shards.image_bytes import Problem, size_problem
-from engine.shards.kinds import ParquetSource
-from engine.shards.member_text import BadText
-from engine.shards.parquet_columns import Columns, TextColumn, Value
-from engine.shards.parquet_file import MAGIC, Extent, ParquetObject, shortened
-from engine.shards.parquet_footer import (
+from engine.parquet_footer import (
     CHUNK_SIZES,
     DATA_PAGE_OFFSET,
     DICTIONARY_PAGE_OFFSET,
@@ -47,6 +40,13 @@ from engine.shards.parquet_footer import (
     Chunk,
     described_groups,
 )
+from engine.schema import RejectReason
+from engine.shards.base import Resume, Sample, ShardReader, objects_matching
+from engine.shards.image_bytes import Problem, size_problem
+from engine.shards.kinds import ParquetSource
+from engine.shards.member_text import BadText
+from engine.shards.parquet_columns import Columns, TextColumn, Value
+from engine.shards.parquet_file import MAGIC, Extent, ParquetObject, shortened
 from engine.storage import ObjectInfo, Store
 
 MAX_ROWS_PER_BATCH = 16  # each row holds its own copy of a value that the encoding repeats

@@ -253,3 +253,34 @@ print(sorted({{"tensorflow", "keras", "ray"}} & set(sys.modules)))
     )
     assert done.stdout == "[]\n"
     assert len(files_of(folder / "labels-two")) == 1
+
+
+def test_predictions_equal_those_of_scikit_learn_and_of_keras_on_the_same_rows(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    digits = load_digits()
+    rows_ND, names = (digits.data / 16).astype(np.float32), [f"digit {number}" for number in digits.target]
+    fitted = LogisticRegression(max_iter=300).fit(rows_ND, names)
+    classes = tuple(fitted.classes_)
+    publish_linear(tmp_path / "one", fitted.coef_.T, fitted.intercept_, classes)
+    write_table(tmp_path / "embeddings", {"d.tar": rows_ND}, 256)
+    bundle = open_bundle(open_store(str(tmp_path / "one")))
+    job = BundleJob(bundle.store.uri, bundle.id, str(tmp_path / "labels"), top_k=10, min_confidence=0.0)
+    scorer = PartScorer(
+        ScoreJob(str(tmp_path / "embeddings"), StorageConfig(), FINGERPRINT, bundles={0: job})
+    )
+    for item in score_items([PendingPart(info, (0,)) for info in parts_of(tmp_path)], 1):
+        scorer(item)
+    table = predictions_in(tmp_path / "labels")
+    assert table["index"].to_pylist() == list(range(len(rows_ND)))
+    number_of = {name: number for number, name in enumerate(classes)}
+    found_NK = np.empty((len(rows_ND), 10))
+    for row, (labels, confidences) in enumerate(
+        zip(table["top_labels"].to_pylist(), table["top_confidences"].to_pylist(), strict=True)
+    ):
+        found_NK[row, [number_of[label] for label in labels]] = confidences
+    np.testing.assert_allclose(found_NK, fitted.predict_proba(rows_ND.astype(np.float64)), atol=1e-5)
+    raised_NK = np.exp(np.asarray(bundle.network()(rows_ND), np.float64))
+    np.testing.assert_allclose(found_NK, raised_NK / raised_NK.sum(axis=1, keepdims=True), atol=1e-5)
+    assert table["label"].to_pylist() == fitted.predict(rows_ND).tolist()

@@ -11,7 +11,7 @@ from typing import final
 
 Chunk = dict[int, int]  # the numbers of ColumnMetaData, by field
 _FILE_ROW_GROUPS, _GROUP_COLUMNS, _GROUP_NUM_ROWS, _CHUNK_METADATA = 4, 1, 3, 3
-NUM_VALUES, UNCOMPRESSED_BYTES, COMPRESSED_BYTES = 5, 6, 7
+CODEC, NUM_VALUES, UNCOMPRESSED_BYTES, COMPRESSED_BYTES = 4, 5, 6, 7
 DATA_PAGE_OFFSET, DICTIONARY_PAGE_OFFSET = 9, 11
 CHUNK_SIZES = (NUM_VALUES, UNCOMPRESSED_BYTES, COMPRESSED_BYTES)
 _MAX_DEPTH = 32  # of structs in structs; the format has 7
@@ -25,7 +25,7 @@ def described_groups(
     Raises:
         ValueError, IndexError: the footer breaks its format.
     """
-    compact = _CompactThrift(footer)
+    compact = CompactThrift(footer)
     for field, kind in compact.fields():
         if field != _FILE_ROW_GROUPS:
             compact.skip(kind)
@@ -44,15 +44,15 @@ def described_groups(
             yield num_rows, {leaf: chunks[leaf] for leaf in wanted}
 
 
-def _described_chunk(compact: _CompactThrift) -> Chunk:
+def _described_chunk(compact: CompactThrift) -> Chunk:
     """Its integers; a chunk without metadata has none."""
     chunk: Chunk = {}
     for field, kind in compact.fields():
-        if field != _CHUNK_METADATA or kind != _CompactThrift.STRUCT:
+        if field != _CHUNK_METADATA or kind != CompactThrift.STRUCT:
             compact.skip(kind)
             continue
         for inner_field, inner_kind in compact.fields():
-            if inner_kind in _CompactThrift.INTEGERS:
+            if inner_kind in CompactThrift.INTEGERS:
                 chunk[inner_field] = compact.integer()
             else:
                 compact.skip(inner_kind)
@@ -60,7 +60,7 @@ def _described_chunk(compact: _CompactThrift) -> Chunk:
 
 
 @final
-class _CompactThrift:
+class CompactThrift:
     """Walks through a value in Thrift's compact protocol without building it.
 
     Every method raises ValueError or IndexError where the bytes are none.
@@ -70,8 +70,13 @@ class _CompactThrift:
     BOOLEANS, INTEGERS, LISTS = (1, 2), (4, 5, 6), (9, 10)
     BYTE, DOUBLE, BINARY, STRUCT, UUID = 3, 7, 8, 12, 13
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self._data, self._at = data, at
+
+    @property
+    def at(self) -> int:
+        """The byte that is read next."""
+        return self._at
 
     def fields(self) -> Iterator[tuple[int, int]]:
         """Number and type of each field of a struct; its value must be read or skipped before the next."""
