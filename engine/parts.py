@@ -5,6 +5,8 @@ Pure functions of paths and identities; nothing here touches storage. A part's n
     <slug>.<path16>.<source8>.<part:05d>[.last].parquet                      an embedding or rejects part
     <slug>.<path16>.<source8>.<embedding8>.<part:05d>[.last].parquet         a prediction part
 
+    also/<a prediction part's name without .parquet>.jsonl or .csv                  its copy for people
+
 path16 alone says which shard, source8 which version of it, embedding8 which version of the embedding part.
 The slug is for people. These names are a file format: golden values stand in tests/test_parts.py.
 """
@@ -22,6 +24,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 SLUG_MAX_CHARS = 80
+COPIES_FOLDER = "also/"
+_EXTENSION = ".parquet"
+_COPY_PATH = re.compile(r"also/(?P<stem>[^/]+)\.(?P<form>csv|jsonl)")
 _PART_NAME = re.compile(
     r"(?P<slug>[A-Za-z0-9][A-Za-z0-9-]{0,79})\.(?P<path16>[0-9a-f]{16})\.(?P<source8>[0-9a-f]{8})"
     r"(?:\.(?P<embedding8>[0-9a-f]{8}))?\.(?P<number>[0-9]{5,18})(?P<last>\.last)?\.parquet"
@@ -61,6 +66,18 @@ def parse_part_name(path: str) -> PartName | None:
         return None
     slug, path16, source8, embedding8, number, last = match.groups()
     return PartName(slug, path16, source8, int(number), last is not None, embedding8)
+
+
+def copy_path(name: PartName, form: str) -> str:
+    """Path below the table of a prediction part's copy for people, of the form "jsonl" or "csv"."""
+    return f"{COPIES_FOLDER}{str(name).removesuffix(_EXTENSION)}.{form}"
+
+
+def parse_copy_path(path: str) -> tuple[PartName, str] | None:
+    """The part that a copy belongs to, and its form; None for a file that is no copy."""
+    match = _COPY_PATH.fullmatch(path)
+    name = parse_part_name(f"{match['stem']}{_EXTENSION}") if match else None
+    return None if match is None or name is None or name.embedding8 is None else (name, match["form"])
 
 
 def path16_of(shard_path: str) -> str:

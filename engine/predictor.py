@@ -5,7 +5,7 @@ Shape letters: B rows, D embedding width, K classes, k top entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Predictions:
     top_confidences_Bk: Floats
     abstains_B: NDArray[
         np.bool_
-    ]  # the best confidence is below min_confidence, or no class reaches its threshold
+    ]  # the best confidence is below its class's minimum, or no class reaches its threshold
     given_BK: NDArray[np.bool_] | None = None  # the classes that each row is given, where it may have several
 
 
@@ -47,16 +47,25 @@ class Predictor:
     Args:
         bundle: opened. A head that is only a matrix product is computed in NumPy, any other by Keras.
         top_k: entries wanted; never more than there are classes.
-        min_confidence: below it the label is null, or not among the labels; the candidates stay.
+        min_confidence: below it the label is null, or not among the labels; the candidates stay. One for all classes,
+            or one for each.
+        labels: what each class is called in a table; None: as the bundle calls it.
     """
 
-    def __init__(self, bundle: Bundle, top_k: int, min_confidence: float = 0.0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        top_k: int,
+        min_confidence: float | Sequence[float] = 0.0,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         self.bundle_id = bundle.id
         self.classes = bundle.manifest.classes
         self.top_k = min(top_k, len(self.classes))
-        self.min_confidence = min_confidence
+        self._labels_K = pa.array(self.classes if labels is None else labels, pa.string())
         self._several = bundle.manifest.task == "multi_label"
-        self._thresholds_K = np.maximum(bundle.manifest.thresholds or 0.0, min_confidence).astype(np.float32)
+        thresholds = np.maximum(bundle.manifest.thresholds or 0.0, min_confidence).astype(np.float32)
+        self._thresholds_K = np.broadcast_to(thresholds, len(self.classes))
         self.schema = predictions_schema(self.top_k, self._several)
         self._side = bundle.side_encoder()
         self._width = bundle.manifest.width + (self._side.width if self._side else 0)
@@ -96,7 +105,8 @@ class Predictor:
         if self._several:
             given_BK = np.asarray(probabilities_BK >= self._thresholds_K)
             return Predictions(classes_Bk, confidences_Bk, np.logical_not(given_BK.any(axis=1)), given_BK)
-        return Predictions(classes_Bk, confidences_Bk, confidences_Bk[:, 0] < self.min_confidence)
+        abstains_B = confidences_Bk[:, 0] < self._thresholds_K[classes_Bk[:, 0]]
+        return Predictions(classes_Bk, confidences_Bk, abstains_B)
 
     def inputs_of(self, embeddings: pa.Table) -> NDArray[np.floating[Any]]:
         """What the head takes of the rows of a table: their embeddings, and their side features behind them.
@@ -119,7 +129,7 @@ class Predictor:
             A table with the schema `predictions_schema(min(top_k, K))`, or that of several labels.
         """
         answers = self.predict(self.inputs_of(embeddings))
-        names = pa.array(self.classes, pa.string())
+        names = self._labels_K
         top_labels = names.take(pa.array(answers.top_classes_Bk.ravel()))
         best = pa.array(answers.top_classes_Bk[:, 0], mask=answers.abstains_B)  # null takes null
         columns = {
@@ -139,7 +149,7 @@ class Predictor:
         assert answers.given_BK is not None
         rows, numbers = np.nonzero(answers.given_BK)
         ends = np.searchsorted(rows, np.arange(len(answers.given_BK) + 1))
-        names = pa.array(self.classes, pa.string()).take(pa.array(numbers))
+        names = self._labels_K.take(pa.array(numbers))
         return pa.ListArray.from_arrays(
             pa.array(ends, pa.int32()), names, type=self.schema.field("labels").type
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.decisions import Decisions
 from engine.errors import TableDamaged
 from engine.heads.bundle import open_bundle
 from engine.parts import PartName, parse_part_name, prediction_name
@@ -32,14 +33,13 @@ class BundleJob:
 
     Attributes:
         bundle_id: the bundle this run began with; one published meanwhile is refused.
-        top_k, min_confidence: as in the recipe.
+        decisions: what the table says.
     """
 
     bundle_uri: str
     bundle_id: str
     table_uri: str
-    top_k: int
-    min_confidence: float
+    decisions: Decisions
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,14 @@ class PartScorer:
             rows=predictions.num_rows,
         )
         target = prediction_name(name, info.identity)
-        return write_prediction_part(self._tables[place], target, predictions, facts)
+        also = self._job.bundles[place].decisions.also
+        return write_prediction_part(self._tables[place], target, predictions, facts, also)
 
 
 def _predictor(job: BundleJob, storage: StorageConfig) -> Predictor:
     bundle = open_bundle(open_store(job.bundle_uri, storage), job.bundle_id)
-    return Predictor(bundle, job.top_k, job.min_confidence)
+    decisions = job.decisions
+    return Predictor(bundle, decisions.top_k, decisions.min_confidences, decisions.labels)
 
 
 def _counted(predictions: pa.Table) -> BundleCounts:

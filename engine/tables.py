@@ -1,6 +1,7 @@
 """Tables on storage: the record that names a table's contract, its parts, and the sweep of replaced ones.
 
-A table is a folder: `_table.json`, `data/<part>`, and for embeddings `rejects/<part>`. The PUT of a data part is
+A table is a folder: `_table.json`, `data/<part>`, for embeddings `rejects/<part>`, and for predictions perhaps
+`also/<part>.jsonl` and `.csv`, copies for people. The PUT of a data part is
 the commit; everything a part says about itself stands in its Parquet footer. Names are `engine.parts`' business,
 what is computed in between is not known here.
 """
@@ -22,8 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.copies import written_as
 from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, TableDamaged
-from engine.parts import PartName, Progress, TableProgress, parse_part_name, path16_of
+from engine.parts import (
+    COPIES_FOLDER,
+    PartName,
+    Progress,
+    TableProgress,
+    copy_path,
+    parse_copy_path,
+    parse_part_name,
+    path16_of,
+)
 from engine.plain_pages import read_plain_lists
 from engine.schema import SCHEMA_VERSION
 from engine.storage import ObjectInfo, Store
@@ -34,6 +45,7 @@ DATA_FOLDER = "data/"
 REJECTS_FOLDER = "rejects/"
 READ_THREADS = 8  # parts are small (about 5 MB): reading is bound by the store's latency
 FOOTER_KEY = b"engine.part"
+DIFFERING_SHOWN = 20  # fields of contracts, in a message
 _FOOTER_READ_BYTES = 64 << 10  # what pyarrow asks for first; our footers are about 4 KiB
 _READ_AT_ONCE_BYTES = 1 << 20  # of an object: a request or two more would take longer
 
@@ -139,8 +151,10 @@ def check_contract(record: Record, contract: Mapping[str, Any], table_uri: str) 
     shown = [
         f"{name}: the table has {json.dumps(recorded[name]) if name in recorded else 'no such field'}, "
         f"this run {json.dumps(present[name])}"
-        for name in differing
+        for name in differing[:DIFFERING_SHOWN]
     ]
+    if len(differing) > DIFFERING_SHOWN:
+        shown.append(f"and {len(differing) - DIFFERING_SHOWN:,} more")
     raise ContractMismatch(
         f"{table_uri}: the table was made with another contract\n    " + "\n    ".join(shown),
         way_out="change the recipe back, or write to a new output.uri",
@@ -224,11 +238,25 @@ def write_embedding_part(
     return len(reject_bytes) + len(data_bytes)
 
 
-def write_prediction_part(store: Store, name: PartName, data: pa.Table, facts: PredictionPartFacts) -> int:
-    """One PUT; returns bytes written."""
+def write_prediction_part(
+    store: Store, name: PartName, data: pa.Table, facts: PredictionPartFacts, also: Iterable[str] = ()
+) -> int:
+    """Write copies for people, then data; the data PUT commits them all.
+
+    Args:
+        also: forms of the copies, as in `engine.copies.FORMS`.
+
+    Returns:
+        Bytes written.
+    """
+    size = 0
+    for form in also:
+        copy = written_as(data, form)
+        store.write(copy_path(name, form), copy)
+        size += len(copy)
     data_bytes = _parquet_bytes(data, facts)
     store.write(f"{DATA_FOLDER}{name}", data_bytes)
-    return len(data_bytes)
+    return size + len(data_bytes)
 
 
 def read_embedding_facts(store: Store, name: PartName) -> EmbeddingPartFacts:
@@ -562,6 +590,7 @@ def sweep_predictions(store: Store, wanted_now: Callable[[], set[PartName]]) -> 
             before another must not delete what the other has made since.
     """
     listed = [name for name, _ in list_parts(store)]  # before asking: what comes after this is not judged
+    copies = list(_copies(store))
     wanted = wanted_now()
     present = set(listed)
     scored_now = {(name.path16, name.number) for name in wanted if name in present}
@@ -572,8 +601,22 @@ def sweep_predictions(store: Store, wanted_now: Callable[[], set[PartName]]) -> 
         if name not in wanted and ((name.path16, name.number) in scored_now or name.path16 in shards_whole)
     ]
     for name in doomed:
-        store.delete(f"{DATA_FOLDER}{name}")
+        store.delete(f"{DATA_FOLDER}{name}")  # data first: copies without their data part do not count
+    kept = (
+        present.difference(doomed) | wanted
+    )  # a run that is going on has copies whose data is still to come
+    for path, name in copies:
+        if name not in kept:
+            store.delete(path)
     return len(doomed)
+
+
+def _copies(store: Store) -> Iterator[tuple[str, PartName]]:
+    """Paths of the copies for people, and the parts they belong to."""
+    for path in store.names(COPIES_FOLDER):
+        parsed = parse_copy_path(path)
+        if parsed is not None:
+            yield path, parsed[0]
 
 
 # ---------------------------------------------------------------- Parquet

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 
 from engine import __version__
 from engine.config import Config
+from engine.decisions import PredictionOutput
 from engine.storage import StorageConfig, Uri
 from jobs.fit import EmbeddingInput, require_columns
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
@@ -26,17 +27,6 @@ if TYPE_CHECKING:
     from engine.scoring import BundleJob, PendingPart, ScoreReceipt
     from engine.storage import Store
     from engine.tables import Table
-
-
-class PredictionOutput(Config):
-    """Where predictions are written, and what they say."""
-
-    uri: Uri
-    """Folder of the prediction table."""
-    top_k: int = Field(5, ge=1, le=1000)
-    """Candidates kept for each row; never more than there are classes."""
-    min_confidence: float = Field(0.0, ge=0, le=1)
-    """Confidence below which `label` is null; the candidates stay."""
 
 
 class ScoredBundle(Config):
@@ -211,6 +201,7 @@ def _look(recipe: ScoreRecipe) -> _Look:
 
 def _bundle_job(recipe: ScoreRecipe, wanted: ScoredBundle, embeddings: Table) -> BundleJob:
     """One bundle, which must have been fitted on such embeddings."""
+    from engine.decisions import decisions_of
     from engine.heads.bundle import check_fingerprint, open_bundle
     from engine.heads.side_features import side_columns
     from engine.scoring import BundleJob
@@ -224,8 +215,7 @@ def _bundle_job(recipe: ScoreRecipe, wanted: ScoredBundle, embeddings: Table) ->
         bundle_uri=bundle.store.uri,
         bundle_id=bundle.id,
         table_uri=wanted.output.uri,
-        top_k=wanted.output.top_k,
-        min_confidence=wanted.output.min_confidence,
+        decisions=decisions_of(wanted.output, bundle.manifest.classes, recipe.storage, bundle.store.uri),
     )
 
 
@@ -253,8 +243,7 @@ def _contract(look: _Look, job: BundleJob) -> dict[str, Any]:
         "embeddings.uri": look.embeddings.store.uri,
         "fingerprint": look.embeddings.record["fingerprint"],
         "bundle": job.bundle_id,
-        "top_k": job.top_k,
-        "min_confidence": job.min_confidence,
+        **job.decisions.contract,
     }
 
 

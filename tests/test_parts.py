@@ -8,6 +8,8 @@ from engine.parts import (
     PartName,
     Progress,
     TableProgress,
+    copy_path,
+    parse_copy_path,
     parse_part_name,
     part_name,
     prediction_name,
@@ -113,3 +115,15 @@ def test_progress_is_the_same_for_every_order_of_the_listing() -> None:
     assert all(
         done == Progress((0, 1, 2, 4), last=4) for versions in wanted.values() for done in versions.values()
     )
+
+
+def test_a_copy_of_a_prediction_part_is_named_as_the_part() -> None:
+    part = prediction_name(part_name("a/b.tar", "etag:1:2", 3, True), "etag:5:6")
+    path = copy_path(part, "jsonl")
+    assert path == f"also/{str(part).removesuffix('.parquet')}.jsonl"
+    assert path.endswith(".00003.last.jsonl")
+    assert parse_copy_path(path) == (part, "jsonl")
+    embeddings = part_name("a/b.tar", "etag:1:2", 3, True)
+    others = [path.replace(".jsonl", ".txt"), path.replace("also/", "also/x/"), f"data/{part}", "also/x.csv"]
+    for other in (*others, copy_path(embeddings, "csv")):
+        assert parse_copy_path(other) is None

@@ -141,6 +141,15 @@ def test_a_confidence_equal_to_min_confidence_is_enough(tmp_path: Path) -> None:
     assert answers.abstains_B.tolist() == [False]
 
 
+def test_each_class_may_have_a_least_confidence_of_its_own(tmp_path: Path) -> None:
+    shares = [[0.6, 0.1, 0.1, 0.1, 0.1], [0.1, 0.6, 0.1, 0.1, 0.1], [0.3, 0.1, 0.1, 0.2, 0.3]]
+    logits_BD = np.log(np.array(shares)).astype(np.float32)
+    predictor = Predictor(logits_are(tmp_path), 2, [0.7, 0.5, 0.0, 0.0, 0.0], ["A", "B", "C", "D", "A"])
+    table = predictor.predict_table(embedding_table(logits_BD, pa.float32()))
+    assert table["label"].to_pylist() == [None, "B", None]
+    assert table["top_labels"].to_pylist() == [["A", "B"], ["B", "A"], ["A", "A"]]
+
+
 @pytest.mark.parametrize("number", [pa.float32(), pa.float16()])
 def test_a_prediction_table_has_the_schema_and_the_rows_of_its_embeddings(
     tmp_path: Path, number: pa.DataType

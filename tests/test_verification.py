@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.parts import PartName, part_name, prediction_name
+from engine.parts import PartName, copy_path, part_name, prediction_name
 from engine.schema import SCHEMA_VERSION, embeddings_schema, predictions_schema, rejects_schema
 from engine.storage import ObjectInfo, Store, open_store
 from engine.tables import (
@@ -630,6 +630,16 @@ def test_a_clean_prediction_table_has_no_findings(scored: Scored) -> None:
     assert (result.kind, result.shards, result.parts, result.rows) == ("predictions", 2, 4, 9)
 
 
+def lose_one_copy(scored: Scored) -> None:
+    """A table with copies for people, of which one part has none."""
+    record = json.loads(scored.store.read("_table.json"))
+    record["contract"]["also"] = ["csv"]
+    scored.store.write("_table.json", json.dumps(record).encode())
+    for name, _ in list_parts(scored.store):
+        if name != scored.name:
+            scored.store.write(copy_path(name, "csv"), b"key\r\n")
+
+
 PLANTED_IN_PREDICTIONS: dict[str, tuple[Callable[[Scored], None], Damage]] = {
     "not Parquet": (lambda t: t.store.write(t.path, b"PAR1 PAR1"), Damage.UNREADABLE_PART),
     "no footer": (
@@ -676,6 +686,7 @@ PLANTED_IN_PREDICTIONS: dict[str, tuple[Callable[[Scored], None], Damage]] = {
     "rows of another shard": (lambda t: t.columns("shard", ["a.tar", "b.tar"]), Damage.SHARD_COLUMN),
     "index twice": (lambda t: t.columns("index", [8, 8]), Damage.DUPLICATE_INDEX),
     "index of another part": (lambda t: t.columns("index", [7, 8]), Damage.INDEX_RANGE),
+    "a copy is missing": (lose_one_copy, Damage.COPY_MISSING),
 }
 
 

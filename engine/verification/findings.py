@@ -44,6 +44,7 @@ class Damage(StrEnum):
     REPEATED_PART = "repeated_part"  # one number of one version under two names
     CONFIDENCE_RANGE = "confidence_range"
     CONFIDENCE_ORDER = "confidence_order"
+    COPY_MISSING = "copy_missing"  # of a prediction part, in a form that the table has
     TOP_ENTRY = "top_entry"  # label or confidence are not those of the first of the top entries
 
 
@@ -52,6 +53,7 @@ class Leftover(StrEnum):
 
     FOREIGN_FILE = "foreign_file"  # not a part; readers that open whole folders may trip over it
     ORPHANED_REJECTS = "orphaned_rejects"  # no data part names them
+    ORPHANED_COPY = "orphaned_copy"  # for people, of a part or in a form that the table has not got
     STALE_VERSION = "stale_version"  # a second version of a shard, which `open_table` does not read
     STALE_PREDICTIONS = "stale_predictions"  # their embedding part is gone or was rewritten
     REMOVED_SHARD = "removed_shard"  # the source no longer lists it

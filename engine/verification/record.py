@@ -54,6 +54,7 @@ class Claims:
         rows_per_part: of the embeddings, for a prediction table too, where they can be reached.
         has_more_columns: the record's source is not understood: other string columns are allowed.
         max_top_k: most entries of a prediction.
+        also: forms of the copies for people that each prediction part has.
     """
 
     kind: Literal["embeddings", "predictions"] = "embeddings"
@@ -67,6 +68,7 @@ class Claims:
     source: SourceConfig | None = None
     bundle: str | None = None
     max_top_k: int | None = None
+    also: tuple[str, ...] | None = None
 
 
 def read_claims(store: Store) -> tuple[Claims, list[Finding]]:
@@ -113,7 +115,8 @@ def _claims_of(record: _EmbeddingsRecord | _PredictionsRecord) -> Claims:
     both = Claims(record.kind, fingerprint=record.fingerprint, source_uri=record.source_uri)
     contract = record.contract
     if isinstance(record, _PredictionsRecord):
-        return replace(both, bundle=record.bundle, max_top_k=int(contract["top_k"]))
+        also = tuple(map(str, contract.get("also", ())))
+        return replace(both, bundle=record.bundle, max_top_k=int(contract["top_k"]), also=also)
     dtype: EmbeddingDtype = TypeAdapter(EmbeddingDtype).validate_python(contract["output.dtype"])
     source = _source_of(contract)
     return replace(

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from engine.errors import ContractMismatch, ObjectNotFound, RecipeError, StorageError, TableDamaged
-from engine.parts import PartName, parse_part_name, prediction_name
+from engine.parts import COPIES_FOLDER, PartName, copy_path, parse_copy_path, parse_part_name, prediction_name
 from engine.shards.kinds import open_reader
 from engine.storage import ObjectInfo, Store, open_store
 from engine.tables import DATA_FOLDER, READ_THREADS, RECORD_NAME, REJECTS_FOLDER, open_table
@@ -126,9 +126,31 @@ def _listing(store: Store, claims: Claims) -> tuple[list[ListedPart], list[Findi
         for name, info in rejects.items()
         if name not in data
     ]
+    found += _copy_findings(store, claims, data)
     parts = [ListedPart(name, info, rejects.get(name)) for name, info in data.items()]
     parts.sort(key=lambda part: (part.name.path16, part.name.source8, part.name.number, part.info.path))
     return parts, found
+
+
+def _copy_findings(store: Store, claims: Claims, data: Mapping[PartName, ObjectInfo]) -> Iterator[Finding]:
+    """Copies for people: each part that was listed has all of them, as they are written before it."""
+    there: set[tuple[PartName, str]] = set()
+    for path in store.names(COPIES_FOLDER):
+        copy = parse_copy_path(path)
+        if copy is None:
+            yield Finding(Leftover.FOREIGN_FILE, path, "not the name of a copy of a part")
+            continue
+        there.add(copy)
+        name, form = copy
+        if name not in data:
+            yield Finding(Leftover.ORPHANED_COPY, path, "there is no data part of that name")
+        elif claims.also is not None and form not in claims.also:
+            yield Finding(Leftover.ORPHANED_COPY, path, f"the table has no copies as {form}")
+    for name, info in data.items():
+        for form in claims.also or ():
+            if (name, form) not in there:
+                message = f"{copy_path(name, form)} is not there; delete the part and score again"
+                yield Finding(Damage.COPY_MISSING, info.path, message)
 
 
 def _files(store: Store, folder: str, claims: Claims) -> tuple[dict[PartName, ObjectInfo], list[Finding]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -20,7 +21,8 @@ import pyarrow.dataset as ds
 import pytest
 from numpy.typing import NDArray
 
-from engine.heads.bundle import open_bundle
+from engine.decisions import Decisions, PredictionOutput, decisions_of
+from engine.heads.bundle import Bundle, open_bundle
 from engine.scoring import BundleJob, PartScorer, PendingPart, ScoreJob, ScoreReceipt, score_items
 from engine.storage import StorageConfig, Store, open_store
 from engine.tables import open_table
@@ -183,6 +185,101 @@ def test_a_run_that_is_killed_twice_leaves_the_same_tables_in_the_end(
     assert killed[0].num_rows == 4077
 
 
+IDS = {"ant": "A-1", "bee": 'B,"2"', "cat": 3, "dog": "A-1", "eel": "007"}
+DECIDED = {
+    "top_k": 2,
+    "min_confidence": {"default": 0.4, "classes": {"cat": 0.95}},
+    "label_map": IDS,
+    "also": ["jsonl", "csv"],
+}
+
+
+def test_decisions_are_part_of_the_contract_and_without_them_it_is_as_it_ever_was(
+    engine: Engine, folder: Path
+) -> None:
+    plain, decided = recipe_of(folder, "one"), recipe_of(folder, "one", name="decided.yaml", **DECIDED)
+    assert engine("score", plain).code == 0
+    table = folder / "labels-one"
+    assert json.loads((table / "_table.json").read_text())["contract"] == {
+        "schema_version": 1,
+        "embeddings.uri": str(folder / "embeddings"),
+        "fingerprint": FINGERPRINT,
+        "bundle": open_bundle(open_store(str(folder / "one"))).id,
+        "top_k": 5,
+        "min_confidence": 0.0,
+    }
+    bare = predictions_in(table).to_pylist()
+    refused = engine("score", decided)
+    assert refused.code == 1
+    for line in (
+        "top_k: the table has 5, this run 2",
+        "min_confidence: the table has 0.0, this run 0.4",
+        "min_confidence.cat: the table has no such field, this run 0.95",
+        'label_map.eel: the table has no such field, this run "007"',
+        'also: the table has no such field, this run ["csv", "jsonl"]',
+    ):
+        assert line in refused.stderr
+    table.rename(folder / "plain")
+    assert engine("score", decided).code == 0
+    refused = engine("score", plain)
+    assert refused.code == 1
+    assert 'label_map.eel: the table has "007", this run null' in refused.stderr
+    for row, was in zip(predictions_in(table).to_pylist(), bare, strict=True):
+        assert row["top_labels"] == [str(IDS[name]) for name in was["top_labels"][:2]]
+        enough = was["confidence"] >= (0.95 if was["label"] == "cat" else 0.4)
+        assert (row["label"], row["confidence"]) == (
+            str(IDS[was["label"]]) if enough else None,
+            was["confidence"],
+        )
+    assert {row["label"] for row in predictions_in(table).to_pylist()} == {"A-1", 'B,"2"', "3", "007", None}
+
+
+def test_copies_say_what_the_parts_say_and_go_with_them(engine: Engine, folder: Path) -> None:
+    hostile = 'c,"\r\n\u2028é.tar'
+    write_table(folder / "embeddings", {hostile: embeddings_of("c.tar", 5)}, 17)
+    recipe, table = recipe_of(folder, "one", **DECIDED), folder / "labels-one"
+    assert engine("score", recipe).code == 0
+    stems = {Path(name).stem for name in files_of(table)}
+    assert {path.name for path in (table / "also").iterdir()} == {
+        f"{stem}.{form}" for stem in stems for form in ("csv", "jsonl")
+    }
+    float32 = pa.float32()
+    for name in files_of(table):
+        rows = ds.dataset(table / "data" / name).to_table()
+        lines = (table / "also" / name).with_suffix(".jsonl").read_bytes().decode().split("\n")
+        assert lines.pop() == ""
+        from_jsonl = pa.Table.from_pylist([json.loads(line) for line in lines], schema=rows.schema)
+        assert from_jsonl == rows
+        with open((table / "also" / name).with_suffix(".csv"), newline="", encoding="utf-8") as file:
+            read = list(csv.DictReader(file))
+        assert [row["key"] for row in read] == rows["key"].to_pylist()
+        assert [row["label"] or None for row in read] == rows["label"].to_pylist()
+        assert [json.loads(row["top_labels"]) for row in read] == rows["top_labels"].to_pylist()
+        confidences = [float(row["confidence"]) for row in read]
+        assert pa.array(confidences, float32) == rows["confidence"].combine_chunks()
+    assert engine("verify", table).code == 0
+
+    before = set(files_of(table))
+    write_part(open_store(str(folder / "embeddings")), "c.tar", 0, True, 0, -embeddings_of("c.tar", 7))
+    assert engine("score", recipe).code == 0
+    (gone,), (new,) = before - set(files_of(table)), set(files_of(table)) - before
+    copies = {path.name for path in (table / "also").iterdir()}
+    assert {f"{Path(new).stem}.csv", f"{Path(new).stem}.jsonl"} <= copies
+    assert len(copies) == 2 * len(before) and not any(Path(gone).stem in name for name in copies)
+
+    orphan = table / "also" / f"{Path(gone).stem}.csv"  # as a run leaves it that was killed before its commit
+    orphan.write_text("key\n")
+    (table / "also" / f"{Path(new).stem}.jsonl").unlink()
+    found = engine("verify", table, "--json")
+    assert found.code == 1
+    told = json.loads(found.stdout)
+    assert (told["damage"], told["leftovers"]) == ({"copy_missing": 1}, {"orphaned_copy": 1})
+    (table / "data" / new).unlink()
+    assert engine("score", recipe).code == 0
+    assert engine("verify", table).code == 0
+    assert not orphan.exists()
+
+
 # ---------------------------------------------------------------- one actor, without Ray
 
 
@@ -208,11 +305,16 @@ def files_opened() -> Iterator[list[str]]:
         _LISTENERS.pop()
 
 
+def decided(output: PredictionOutput, bundle: Bundle) -> Decisions:
+    return decisions_of(output, bundle.manifest.classes, StorageConfig(), bundle.store.uri)
+
+
 def job_of(folder: Path, *names: str) -> ScoreJob:
     bundles = {}
     for place, name in enumerate(names):
         bundle = open_bundle(open_store(str(folder / name)))
-        bundles[place] = BundleJob(bundle.store.uri, bundle.id, str(folder / f"labels-{name}"), 3, 0.0)
+        table = PredictionOutput(uri=str(folder / f"labels-{name}"), top_k=3)
+        bundles[place] = BundleJob(bundle.store.uri, bundle.id, table.uri, decided(table, bundle))
     return ScoreJob(str(folder / "embeddings"), StorageConfig(), FINGERPRINT, bundles)
 
 
@@ -266,7 +368,8 @@ def test_predictions_equal_those_of_scikit_learn_and_of_keras_on_the_same_rows(t
     publish_linear(tmp_path / "one", fitted.coef_.T, fitted.intercept_, classes)
     write_table(tmp_path / "embeddings", {"d.tar": rows_ND}, 256)
     bundle = open_bundle(open_store(str(tmp_path / "one")))
-    job = BundleJob(bundle.store.uri, bundle.id, str(tmp_path / "labels"), top_k=10, min_confidence=0.0)
+    output = PredictionOutput(uri=str(tmp_path / "labels"), top_k=10)
+    job = BundleJob(bundle.store.uri, bundle.id, output.uri, decided(output, bundle))
     scorer = PartScorer(
         ScoreJob(str(tmp_path / "embeddings"), StorageConfig(), FINGERPRINT, bundles={0: job})
     )

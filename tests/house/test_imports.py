@@ -13,7 +13,7 @@ import pytest
 # A module may import engine modules of lower floors, and of its own room. One floor is one tuple.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "schema", "config", "import_without", "doctor", "parquet_footer"),
-    ("parts", "storage", "beside", "plain_pages"),
+    ("parts", "storage", "beside", "plain_pages", "copies"),
     (
         "recipes",
         "worklist",
@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "strategies",
         "report",
     ),
-    ("embedder", "training", "predictor"),
+    ("embedder", "training", "predictor", "decisions"),
     ("runtime_choice", "resolution_cache", "extraction", "scoring"),
     ("resolve", "finetuning"),
     ("accounting", "cluster_head", "export", "inspection", "plan", "sizing", "verification"),
