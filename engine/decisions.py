@@ -71,7 +71,10 @@ class PredictionOutput(Config):
     ] = MinConfidence()
     """Confidence below which `label` is null (or a label not among `labels`); the candidates stay. A number for all
     classes, or `{default: 0.5, classes: {cat: 0.9}}`."""
-    label_map: Annotated[dict[str, str] | str | None, BeforeValidator(_as_label_map)] = None
+    label_map: Annotated[
+        dict[str, str] | str | None,
+        BeforeValidator(_as_label_map, json_schema_input_type=dict[str, str | int] | str | None),
+    ] = None
     """Your ids for the classes, which then stand in `label`, `labels` and `top_labels`: `{cat: id-7}`, or the URI of a
     .csv, .tsv or .parquet file with two columns, class and id (a .csv begins with a line of column names). A file may
     name more classes than the bundle has. Classes with the same id stay candidates of their own."""

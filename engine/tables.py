@@ -412,7 +412,7 @@ def _with_embeddings(content: bytes, file: pq.ParquetFile, columns: Sequence[str
     place = file.schema_arrow.names.index("embedding") if "embedding" in wanted else -1
     lists = read_plain_lists(content, file.schema_arrow, place) if place >= 0 else None
     if lists is None:
-        return file.read(columns=wanted)
+        return file.read(columns=list(columns) if columns is not None else None)
     # The rest takes 0.16 ms, less than handing it to a pool of threads that others wait for.
     rest = file.read(columns=[name for name in wanted if name != "embedding"], use_threads=False)
     return rest.add_column(wanted.index("embedding"), file.schema_arrow.field(place), lists)

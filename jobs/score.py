@@ -110,6 +110,7 @@ def _scored(
         ray_session(None, local_cpus=machines_here().cpus),
         progress_bar("parts", len(pending)) as (bar, task),
     ):
+        # Ray 2.60 sets OMP_NUM_THREADS to an actor's CPUs, so that matrix products of all scorers share the cores.
         scorers = max(1, min(len(pending), int(machines_of_cluster().cpus)))
         items = score_items(pending, scorers)
         for receipt in map(

@@ -6,7 +6,8 @@
 A linear head with 100 classes, the five best kept, parts of 1,024 rows on a local disk. They have just been written, so
 that all contenders read from the page cache: what is measured is processors, not the disk. Contenders are processes of
 their own and take turns; rates are marginal, further rows / further seconds of whole processes between two sizes,
-medians over the rounds, so that start-up does not count.
+medians over the rounds, so that start-up does not count. Core-seconds (user and system, of all processes of a
+contender) tell about the same where others use the machine too and wall-clock tells little.
 
     engine       `engine score RECIPE --json`, on all cores
     read         pyarrow's dataset reads the column `embedding` and drops it, on all cores, with its defaults
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tests.benchmarks.memory import descendants
 from tests.benchmarks.report import Ratio
 from tests.benchmarks.throughput import REPOSITORY, _result_path, machine_facts
 from tests.embedding_tables import publish_linear, write_table
@@ -40,6 +43,7 @@ ROWS_PER_SHARD = 50 * ROWS_PER_PART
 SIZES = {"engine": (50_000, 250_000), "read": (50_000, 250_000), "ray_predict": (10_000, 50_000)}
 QUICK_SIZES = (2_000, 6_000)
 ROUNDS = 3
+PERIOD_S = 0.05
 
 
 def make_table(folder: Path, rows: int) -> Path:
@@ -119,47 +123,76 @@ CONTENDERS: dict[str, Callable[[Path, Path, Path], int]] = {
 }
 
 
-def seconds_of(name: str, table: Path, bundle: Path, rows: int) -> float:
-    """Wall-clock of a whole process, from outside; its rows are counted."""
+def seconds_of(name: str, table: Path, bundle: Path, rows: int) -> tuple[float, float]:
+    """Wall-clock of a whole process, from outside, and core-seconds of it and all below it; its rows are counted."""
     with tempfile.TemporaryDirectory(prefix="engine-scoring-out-", dir=table.parent) as folder:
         arguments = [f"--contender={name}", f"--table={table}", f"--bundle={bundle}", f"--out={folder}/out"]
         command = [sys.executable, "-m", "tests.benchmarks.scoring", *arguments]
+        ticks: dict[int, int] = {}
         started = time.perf_counter()
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
-        seconds = time.perf_counter() - started
-    found = int(done.stdout.splitlines()[-1])
-    if found != rows:
-        raise RuntimeError(f"{name}: {found:,} rows came out of {rows:,}")
-    return seconds
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                ticks |= {pid: used for pid in descendants(process.pid) if (used := _ticks(pid)) is not None}
+                time.sleep(PERIOD_S)
+            seconds = time.perf_counter() - started
+            assert process.stdout is not None
+            printed = process.stdout.read().splitlines()
+    if process.returncode or int(printed[-1]) != rows:
+        raise RuntimeError(
+            f"{name}: exit code {process.returncode}, {printed[-1:]} of {rows:,} rows came out"
+        )
+    return seconds, sum(ticks.values()) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> int | None:
+    """Clock ticks that a process has used until now, in its own code and in the kernel; None where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return int(fields[11]) + int(fields[12])
 
 
 def measured(folder: Path, sizes: dict[str, tuple[int, int]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Of each contender its sizes, its seconds and its marginal rows per second."""
+    """Of each contender its sizes, its seconds and core-seconds, and its marginal rows per second of either."""
     bundle = make_bundle(folder / "bundle")
     tables = {
         rows: make_table(folder / f"{rows}", rows) for rows in sorted({n for s in sizes.values() for n in s})
     }
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sizes}
+    core_seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sizes}
     for number in range(rounds):
         for which in (0, 1):
             for name, both in sizes.items():
-                took = seconds_of(name, tables[both[which]], bundle, both[which])
+                took, used = seconds_of(name, tables[both[which]], bundle, both[which])
                 seconds[name][which].append(took)
-                print(f"round {number}: {name:12} {both[which]:>8,} rows {took:7.2f} s", file=sys.stderr)
-    found = {}
-    for name, (small, large) in sizes.items():
-        further_s = statistics.median(seconds[name][1]) - statistics.median(seconds[name][0])
-        rate = (large - small) / further_s
-        found[name] = {"rows": [small, large], "seconds": seconds[name], "rows_per_second": rate}
-    return found
+                core_seconds[name][which].append(used)
+                said = f"round {number}: {name:12} {both[which]:>8,} rows {took:7.2f} s {used:7.2f} core-s"
+                print(said, file=sys.stderr, flush=True)
+    return {
+        name: {
+            "rows": list(sizes[name]),
+            "seconds": seconds[name],
+            "core_seconds": core_seconds[name],
+            "rows_per_second": _marginal(sizes[name], seconds[name]),
+            "rows_per_core_second": _marginal(sizes[name], core_seconds[name]),
+        }
+        for name in sizes
+    }
+
+
+def _marginal(sizes: tuple[int, int], took: tuple[list[float], list[float]]) -> float:
+    further = statistics.median(took[1]) - statistics.median(took[0])
+    return (sizes[1] - sizes[0]) / further if further > 0 else float("nan")
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> list[Ratio]:
     """Beside their goals."""
-    rate = {name: one["rows_per_second"] for name, one in found.items()}
     return [
-        Ratio("scoring/engine/read", rate["engine"] / rate["read"], 0.5),
-        Ratio("scoring/engine/ray_predict", rate["engine"] / rate["ray_predict"], 20.0),
+        Ratio(f"scoring/engine/{other}{of}", found["engine"][rate] / found[other][rate], goal)
+        for other, goal in (("read", 0.5), ("ray_predict", 20.0))
+        for rate, of in (("rows_per_second", ""), ("rows_per_core_second", ", of a core's second"))
+        if other in found and "engine" in found
     ]
 
 
@@ -183,9 +216,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engine-scoring-") as folder:
         found = measured(Path(folder), sizes, 1 if options.quick else options.rounds)
     for name, one in found.items():
-        print(f"{name:12} {one['rows_per_second']:>12,.0f} rows/s")
-    if set(found) != set(CONTENDERS):
-        return
+        rates = f"{one['rows_per_second']:>12,.0f} rows/s {one['rows_per_core_second']:>12,.0f} rows/core-s"
+        print(f"{name:12} {rates}")
     judged = ratios(found)
     document = {
         "machine": machine,
@@ -199,6 +231,9 @@ def main() -> None:
             {"name": one.name, "value": one.value, "goal": one.goal, "verdict": one.verdict} for one in judged
         ],
     }
+    if set(found) != set(CONTENDERS):
+        print(*(one.line() for one in judged), sep="\n")
+        return
     path = _result_path(options.out)
     path = path.with_name(path.stem + "-scoring.json")
     path.write_text(json.dumps(document, indent=1) + "\n")
