@@ -181,19 +181,24 @@ def measured(folder: Path, sizes: dict[str, tuple[int, int]], rounds: int) -> di
     }
 
 
-def _marginal(sizes: tuple[int, int], took: tuple[list[float], list[float]]) -> float:
+def _marginal(sizes: tuple[int, int], took: tuple[list[float], list[float]]) -> float | None:
+    """None where start-up varied by more than the further rows took."""
     further = statistics.median(took[1]) - statistics.median(took[0])
-    return (sizes[1] - sizes[0]) / further if further > 0 else float("nan")
+    return (sizes[1] - sizes[0]) / further if further > 0 else None
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> list[Ratio]:
     """Beside their goals."""
     return [
-        Ratio(f"scoring/engine/{other}{of}", found["engine"][rate] / found[other][rate], goal)
+        Ratio(f"scoring/engine/{other}{of}", _divided(found["engine"][rate], found[other][rate]), goal)
         for other, goal in (("read", 0.5), ("ray_predict", 20.0))
         for rate, of in (("rows_per_second", ""), ("rows_per_core_second", ", of a core's second"))
         if other in found and "engine" in found
     ]
+
+
+def _divided(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
 
 
 def main() -> None:
@@ -216,8 +221,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engine-scoring-") as folder:
         found = measured(Path(folder), sizes, 1 if options.quick else options.rounds)
     for name, one in found.items():
-        rates = f"{one['rows_per_second']:>12,.0f} rows/s {one['rows_per_core_second']:>12,.0f} rows/core-s"
-        print(f"{name:12} {rates}")
+        rates = [one["rows_per_second"], one["rows_per_core_second"]]
+        print(
+            f"{name:12}", *("-" if rate is None else f"{rate:,.0f}" for rate in rates), "rows/s, rows/core-s"
+        )
     judged = ratios(found)
     document = {
         "machine": machine,
