@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -143,6 +144,37 @@ def test_a_file_changed_in_place_is_noticed_at_its_end(tmp_path: Path) -> None:
             stream.read()
 
 
+def test_a_copy_on_one_disk_takes_no_room(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.copy(store.write("held/a", bytes(1009)), "data/a")
+    assert (tmp_path / "held/a").samefile(tmp_path / "data/a")
+
+
+def test_a_copy_to_a_linked_folder_on_another_disk_has_the_bytes(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        if os.stat(memory).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm and the temporary folder are one disk")
+        (tmp_path / "data").symlink_to(memory)
+        store = open_store(str(tmp_path))
+        source = store.write("a", bytes(range(251)) * 101)
+        target = store.copy(source, "data/a")
+        assert (store.info("data/a"), store.read("data/a")) == (target, bytes(range(251)) * 101)
+        assert os.listdir(memory) == ["a"]
+        store.write("a", bytes(range(250, -1, -1)) * 101)
+        with pytest.raises(ObjectChanged, match="wanted:  mtime:"):
+            store.copy(source, "data/b")
+        assert os.listdir(memory) == ["a"]
+
+
+def test_a_copy_of_a_link_is_a_copy_of_its_file(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("real", b"123")
+    (tmp_path / "link").symlink_to("real")
+    store.copy(store.info("link"), "data/a")
+    store.delete("real")
+    assert store.read("data/a") == b"123"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_of_somebody_else_is_denied(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -202,6 +234,25 @@ def test_a_listing_from_a_disk_is_refused_by_a_bucket(s3_uri: str, s3_config: St
         open_store(s3_uri, s3_config).read("a", expected=ObjectInfo("a", 1, "mtime:1:1"))
 
 
+def test_a_large_object_is_copied_in_parts(
+    s3_uri: str, s3_config: StorageConfig, s3_store: S3TestStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.storage.s3_copy.COPY_BYTES", 5 * 2**20)  # the smallest part that S3 takes
+    store = open_store(s3_uri, s3_config)
+    data = bytes(range(251)) * (12 * 2**20 // 251)
+    old = store.write("held/a", data)
+    target = store.copy(old, "data/a b")
+    assert target == store.info("data/a b")
+    assert target.identity.endswith(f"-3:{len(data)}")  # as an ETag tells the number of parts
+    assert store.read("data/a b") == data
+    new = store.write("held/a", data[::-1])
+    with pytest.raises(ObjectChanged, match=f"{s3_uri}/held/a was changed"):
+        store.copy(old, "data/b")
+    assert list(store.list()) == [target, new]
+    under_way = s3_store.client().list_multipart_uploads(Bucket=s3_store.bucket)
+    assert under_way.get("Uploads", []) == []
+
+
 # ---------------------------------------------------------------------------------------------- S3: refused
 
 
@@ -243,6 +294,7 @@ def test_a_read_only_key_reads_and_does_not_write(
     for request in (
         lambda: store.write("a", b"2"),
         lambda: store.create("b", b"2"),
+        lambda: store.copy(store.info("a"), "b"),
         lambda: store.delete("a"),
     ):
         with pytest.raises(AccessDenied) as caught:
@@ -352,6 +404,66 @@ class MisleadingStore(SloppyStore):
         return hashlib.sha256(content).hexdigest()[:32]
 
 
+class CopyingStore(SloppyStore):
+    """A store that copies, but has never heard of x-amz-copy-source-if-match, and tells no ETag."""
+
+    def do_PUT(self) -> None:
+        source = self.headers["x-amz-copy-source"]
+        if source is None:
+            super().do_PUT()
+        else:
+            self.objects[self.path] = self.objects[f"/{source}"]
+            self.answer(200, b"<CopyObjectResult></CopyObjectResult>")
+
+    def do_HEAD(self) -> None:
+        body = self.objects[self.path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{self.tag(body)}"')
+        self.end_headers()
+
+    def do_DELETE(self) -> None:
+        self.objects.pop(self.path)
+        self.answer(204, b"")
+
+
+class WriteOnlyStore(CopyingStore):
+    """A store that takes a request to copy for an empty write."""
+
+    do_PUT = SloppyStore.do_PUT
+
+
+class StumblingStore(CopyingStore):
+    """A store that says 200 to its first copy, and then that it failed, as AWS may."""
+
+    def do_PUT(self) -> None:
+        if self.headers["x-amz-copy-source"] and "PUT" not in self.requests[1:]:
+            self.answer(200, b"<Error><Code>InternalError</Code><Message>so it is</Message></Error>")
+        else:
+            super().do_PUT()
+
+
+class ForgetfulStore(CopyingStore):
+    """A store that forgets an upload in parts as soon as it is complete, and whose answer to that is lost."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path.endswith("?uploads"):
+            self.answer(200, b"<R><UploadId>7</UploadId></R>")
+        elif self.requests.count("POST") == 1:
+            self.requests.append("POST")
+            self.objects["/bucket/b"] = self.objects["/bucket/a"]
+            self.close_connection = True
+        else:
+            self.answer(404, b"<Error><Code>NoSuchUpload</Code><Message>none</Message></Error>")
+
+    def do_PUT(self) -> None:
+        if "partNumber" in self.path:
+            self.answer(200, b"<CopyPartResult><ETag>1</ETag></CopyPartResult>")
+        else:
+            super().do_PUT()
+
+
 class HangingStore(SloppyStore):
     """A store that takes its time over every answer."""
 
@@ -388,6 +500,49 @@ def test_a_store_that_ignores_conditions_neither_mixes_nor_overwrites(s3_environ
         assert store.create("t", b"one") is True
         assert store.create("t", b"two") is False
         assert store.read("t") == b"one"
+
+
+def test_a_store_that_ignores_the_condition_of_a_copy_leaves_no_wrong_one(
+    s3_environment: dict[str, str],
+) -> None:
+    with serving(CopyingStore) as (endpoint, handler):
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=endpoint))
+        old = store.write("a", b"1" * 20)
+        new = store.write("a", b"2" * 20)
+        with pytest.raises(ObjectChanged, match="s3://bucket/a was changed"):
+            store.copy(old, "b")
+        assert list(handler.objects) == ["/bucket/a"]
+        assert store.copy(new, "b") == store.info("b")
+        assert handler.objects["/bucket/b"] == b"2" * 20
+
+
+def test_a_store_that_cannot_copy_is_named_and_leaves_no_empty_object(s3_environment: dict[str, str]) -> None:
+    with serving(WriteOnlyStore) as (endpoint, handler):
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=endpoint))
+        with pytest.raises(StorageError) as caught:
+            store.copy(store.write("a", b"1" * 20), "b")
+        assert says(caught.value, "did not copy s3://bucket/a to b", "found:   0 bytes", "wanted:  20 bytes")
+        assert list(handler.objects) == ["/bucket/a"]
+
+
+def test_a_copy_in_parts_that_the_store_has_forgotten_was_complete(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.storage.s3_copy.COPY_BYTES", 7)
+    with serving(ForgetfulStore) as (endpoint, handler):
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=endpoint))
+        target = store.copy(store.write("a", b"1" * 20), "b")
+        assert target == store.info("b")
+        assert handler.objects["/bucket/b"] == b"1" * 20
+        assert handler.requests == ["PUT", "POST", *["PUT"] * 3, "POST", "POST"]
+
+
+def test_an_error_within_an_answer_of_200_is_an_error(s3_environment: dict[str, str]) -> None:
+    with serving(StumblingStore) as (endpoint, handler):
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=endpoint))
+        store.copy(store.write("a", b"1" * 20), "b")
+        assert handler.objects["/bucket/b"] == b"1" * 20
+        assert handler.requests == ["PUT"] * 3
 
 
 @pytest.mark.parametrize(
@@ -463,6 +618,37 @@ def test_nothing_is_lost_or_mixed_when_one_request_in_ten_fails(proxy: FaultyPro
         f"table/{i:02}" for i in range(40)
     ]
     assert sum(proxy.faults().values()) >= 5  # about 26
+
+
+def test_copies_are_made_while_one_request_in_five_fails(
+    proxy: FaultyProxy, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.storage.s3_copy.COPY_BYTES", 5 * 2**20)
+    store = open_store(s3_uri, StorageConfig(endpoint_url=proxy.endpoint_url))
+    data = bytes(range(251)) * (11 * 2**20 // 251)
+    infos = [store.write(f"held/{i:02}", data[: 10_007 + i]) for i in range(40)]
+    infos += [store.write(f"held/{i}", data[i:]) for i in (40, 41)]  # in three parts
+    proxy.set_faults(cut=0.05, reset=0.05, e500=0.05, lost=0.05)
+    with ThreadPoolExecutor(8) as pool:
+        copied = list(pool.map(lambda info: store.copy(info, f"data/{info.path[5:]}"), infos))
+    faults = proxy.faults()
+    assert sum(faults.values()) >= 5  # about 11
+    assert list(store.list("data/")) == copied
+    for info, target in zip(infos, copied, strict=True):
+        assert store.read(target.path, expected=target) == store.read(info.path, expected=info)
+
+
+def test_a_copy_in_parts_whose_last_answer_is_lost_is_whole(
+    proxy: FaultyProxy, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.storage.s3_copy.COPY_BYTES", 5 * 2**20)
+    store = open_store(s3_uri, StorageConfig(endpoint_url=proxy.endpoint_url))
+    data = bytes(range(251)) * (6 * 2**20 // 251)
+    source = store.write("held/a", data)
+    proxy.set_faults(match=r"^POST .*uploadId=", max_per_key=1, lost=1.0)
+    target = store.copy(source, "data/a")
+    assert proxy.faults() == {"lost": 1}
+    assert store.read("data/a", expected=target) == data
 
 
 def test_a_cut_read_goes_on_at_the_byte_it_reached(

@@ -162,6 +162,26 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def copy(self, info: ObjectInfo, path: str) -> ObjectInfo:
+        """Copy exactly this version of an object to another path of this store; the store does it, not this machine.
+
+        The target appears whole in one step, or not at all; one that was there is replaced. S3: CopyObject, above
+        1 GiB UploadPartCopy, on condition of the ETag. Disk: a hard link where the disk has them, since no write
+        of a store changes a file in place; else the bytes.
+
+        Args:
+            info: what to copy.
+            path: where to.
+
+        Returns:
+            The target, with an identity of its own.
+
+        Raises:
+            ObjectNotFound: there is no such object to copy.
+            ObjectChanged: it is no longer this version.
+        """
+
+    @abstractmethod
     def delete(self, path: str) -> None:
         """Remove the object; it is fine if there is none."""
 
@@ -189,6 +209,15 @@ def checked_path(path: str, uri: str) -> str:
             way_out="rename the file",
         )
     return path
+
+
+def checked_target(info: ObjectInfo, path: str, uri: str) -> str:
+    """`path` if the object can be copied there: S3 refuses to copy one onto itself."""
+    if path == info.path:
+        raise StorageError(
+            f"{uri}/{path} cannot be copied onto itself", found="the same path twice", wanted="another path"
+        )
+    return checked_path(path, uri)
 
 
 def checked_prefix(prefix: str, uri: str) -> str:

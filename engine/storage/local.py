@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from engine.errors import AccessDenied, ObjectChanged, ObjectNotFound, RecipeError, StorageError
 from engine.storage.base import (
+    BLOCK_BYTES,
     InputBlocks,
     InputStream,
     ObjectInfo,
@@ -21,6 +23,7 @@ from engine.storage.base import (
     Store,
     checked_path,
     checked_prefix,
+    checked_target,
     is_unicode,
 )
 
@@ -31,6 +34,13 @@ _TEMPORARY_NAME = re.compile(r"\.engine-[0-9a-f]{32}\.tmp")
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FolderId = tuple[int, int]  # device and inode
 _NO_FOLDER = (-1, -1)
+_NO_LINKS = {  # what `link` says where bytes can be copied all the same
+    errno.EMLINK,  # the file has as many names as the disk allows
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,  # a disk without links, or somebody else's file under fs.protected_hardlinks
+    errno.EXDEV,  # a linked folder on another disk
+}
 _WAYS_OUT = {
     errno.ENOSPC: "the disk is full: make room on it, then run again; what was written before is whole and stays",
     errno.EDQUOT: "the quota is used up: make room or have it raised, then run again; what was written before stays",
@@ -94,6 +104,17 @@ class LocalStore(Store):
                 return self.read(path) == data
             _sync_folder(os.path.dirname(file))
         return True
+
+    def copy(self, info: ObjectInfo, path: str) -> ObjectInfo:
+        source, file = self._file(info.path), self._file(checked_target(info, path, self.uri))
+        folder = os.path.dirname(file)
+        with _own_words("write", file), _temporary_name(folder) as temporary:
+            with _own_words("copy", source):
+                _link_or_copy(source, temporary, info)
+            copied = os.stat(temporary)
+            os.replace(temporary, file)  # does nothing where both are the same file already
+            _sync_folder(folder)
+        return _described(path, copied)
 
     def delete(self, path: str) -> None:
         file = self._file(path)
@@ -193,7 +214,7 @@ def _own_words(doing: str, file: str) -> Iterator[None]:
         yield
     except OSError as error:
         found = f"{type(error).__name__}: {error.strerror or error}"
-        if isinstance(error, _NOT_THERE) and doing in ("find", "read"):
+        if isinstance(error, _NOT_THERE) and doing in ("find", "read", "copy"):
             raise ObjectNotFound(thing, found=found, wanted="a file", way_out="check the path") from error
         if isinstance(error, PermissionError):
             way_out = "run as a user who may do that, or change owner or mode of the folder"
@@ -276,19 +297,50 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary_file(folder: str, data: bytes) -> Iterator[str]:
-    """A complete, synced file beside its later place, left out of listings, removed if still there."""
+def _temporary_name(folder: str) -> Iterator[str]:
+    """A name beside the later place, left out of listings; what has it at the end is removed."""
     _make_folder(folder)
     name = os.path.join(folder, f".engine-{uuid.uuid4().hex}.tmp")
     try:
+        yield name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextlib.contextmanager
+def _temporary_file(folder: str, data: bytes) -> Iterator[str]:
+    """A complete, synced file beside its later place, left out of listings, removed if still there."""
+    with _temporary_name(folder) as name:
         with open(name, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield name
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+
+
+def _link_or_copy(source: str, target: str, info: ObjectInfo) -> None:
+    """Give this version of the source the new name `target`, or make a copy of that name; synced in both cases."""
+    source = os.path.realpath(source)  # `link` on Linux would give a symbolic link another name, not its file
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _copy_bytes(source, target, info)
+        return
+    with open(target, "rb") as linked:
+        _check_same(info, _described(info.path, os.fstat(linked.fileno())), source)
+        os.fsync(linked.fileno())  # somebody else may have written it
+
+
+def _copy_bytes(source: str, target: str, info: ObjectInfo) -> None:
+    with open(source, "rb") as opened, open(target, "xb") as file:
+        _check_same(info, _described(info.path, os.fstat(opened.fileno())), source)
+        shutil.copyfileobj(opened, file, BLOCK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+        _check_same(info, _described(info.path, os.stat(source)), source)
 
 
 def _make_folder(folder: str) -> None:

@@ -29,10 +29,12 @@ from engine.storage.base import (
     Store,
     checked_path,
     checked_prefix,
+    checked_target,
     is_unicode,
 )
-from engine.storage.s3_download import Download, identity_of
-from engine.storage.s3_errors import FOREIGN_ERRORS, code_of, explained, persistently
+from engine.storage.s3_copy import Copy
+from engine.storage.s3_download import Download, etag_of, identity_of
+from engine.storage.s3_errors import FOREIGN_ERRORS, changed, code_of, explained, persistently
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -96,6 +98,25 @@ class S3Store(Store):
             self._call("create", path, lambda client: client.put_object(**place, Body=data, IfNoneMatch="*"))
         return self.read(path) == data
 
+    def copy(self, info: ObjectInfo, path: str) -> ObjectInfo:
+        checked_target(info, path, self.uri)
+        if self._copied(info, path) == etag_of(info):
+            return ObjectInfo(path, info.size, info.identity)
+        # The same bytes in other parts or under another key have another ETag; so have other bytes, which a store
+        # that ignores the condition, or copies nothing, may have put there.
+        source, target = self.info(info.path), self.info(path)
+        if source.identity != info.identity or target.size != info.size:
+            self.delete(path)
+            if source.identity != info.identity:
+                raise changed(f"{self.uri}/{info.path}", source.identity, info.identity)
+            raise StorageError(
+                f"the store did not copy {self.uri}/{info.path} to {path}",
+                found=f"{target.size} bytes",
+                wanted=f"{info.size} bytes",
+                way_out="use a store that has CopyObject and UploadPartCopy",
+            )
+        return target
+
     def delete(self, path: str) -> None:
         place = self._place(path)
 
@@ -139,6 +160,17 @@ class S3Store(Store):
             if not page["IsTruncated"]:
                 return
             where["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _copied(self, info: ObjectInfo, path: str) -> str:
+        """The ETag of the new target."""
+        copy = Copy(self._place(info.path), info, self._place(path))
+        doing = f"make {path} a copy of"
+        try:
+            return self._call(doing, info.path, copy.go_on)
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                self._call(doing, info.path, copy.abort)
+            raise
 
     def _place(self, path: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._root + checked_path(path, self.uri)}

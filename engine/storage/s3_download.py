@@ -57,7 +57,7 @@ class Download:
         """
         self._place, self._offset, self._expected, self._on_bytes = place, offset, expected, on_bytes
         self._length_asked = self._length = length  # the second is put right by the store's first answer
-        self._etag = _etag(expected) if expected is not None else None
+        self._etag = etag_of(expected) if expected is not None else None
         self._received = bytearray()
         self._md5 = hashlib.md5(usedforsecurity=False)  # of what was received
         self._wrong_digests: set[str] = set()
@@ -164,7 +164,8 @@ def identity_of(etag: str, size: int) -> str:
     return f"etag:{etag.strip(_QUOTE)}:{size}"
 
 
-def _etag(info: ObjectInfo) -> str:
+def etag_of(info: ObjectInfo) -> str:
+    """The ETag in an identity; StorageError for an object of a disk."""
     found = _IDENTITY.fullmatch(info.identity)
     if found is None:
         raise StorageError(

@@ -129,6 +129,9 @@ class StoreOnDisk(Store):
     def create(self, path: str, data: bytes) -> bool:
         return self.inner.create(path, data)
 
+    def copy(self, info: ObjectInfo, path: str) -> ObjectInfo:
+        return self.inner.copy(info, path)
+
     def delete(self, path: str) -> None:
         self.inner.delete(path)
 
