@@ -78,6 +78,14 @@ class ObjectChanged(StorageError):
     """An object no longer has the identity that the listing gave it."""
 
 
+class LeaseHeld(EngineError):
+    """Another run is at work on the same; this one has changed nothing."""
+
+
+class LeaseLost(EngineError):
+    """This run may no longer be the only one at work, so it stops; what it has written stays."""
+
+
 class ShardDamaged(EngineError):
     """A shard that cannot be read to its end; its good parts stay and it is tried again next run."""
 

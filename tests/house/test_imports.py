@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "recipes",
         "worklist",
+        "lease",
         "tables",
         "shards",
         "images",
