@@ -142,6 +142,12 @@ class NotBetter(EngineError):
     exit_code = EXIT_JUDGED
 
 
+class HeldBack(EngineError):
+    """A night's predictions look wrong: they stay where people can look at them, and what was published stays."""
+
+    exit_code = EXIT_JUDGED
+
+
 class Interrupted(EngineError):
     """Ctrl-C or SIGTERM; running again goes on where this run stopped."""
 

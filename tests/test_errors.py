@@ -27,4 +27,4 @@ def test_message_leaves_out_what_is_not_known() -> None:
 
 def test_exit_codes_are_those_that_operators_rely_on() -> None:
     codes = {kind.__name__: kind.exit_code for kind in ALL_ERRORS if kind.exit_code != 1}
-    assert codes == {"RecipeError": 2, "OverBudget": 3, "NotBetter": 3, "Interrupted": 130}
+    assert codes == {"RecipeError": 2, "OverBudget": 3, "NotBetter": 3, "HeldBack": 3, "Interrupted": 130}

@@ -48,6 +48,7 @@ from engine.finetuning.unfreeze import Unfrozen, unfreeze
 from engine.heads.bundle import REPORT, Bundle, TrainedHead, publish_bundle
 from engine.heads.kinds import AnyHeadConfig, open_head
 from engine.heads.network import compile_logits
+from engine.heads.reference import Reference, given_classes, representatives
 from engine.images import DECODE_VERSION
 from engine.report.page import render_report
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
@@ -64,6 +65,7 @@ from engine.training.partition import Partition, partition
 from engine.training.passes import row_weights
 from engine.training.scaling import Scaling
 from engine.training.step import build_optimizer, cross_entropies, hold_rows
+from engine.training.tasks import Verdict
 
 log = logging.getLogger(__name__)
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -176,7 +178,8 @@ def finetune_backbone(
         return None
     unfrozen, course = learnt.unfrozen, learnt.course
     reference.network.set_weights(learnt.tensors)
-    after = {name: logits(_embedded(embed, images, rows_of[name])) for name in JUDGED}
+    judged = {name: _embedded(embed, images, rows_of[name]) for name in JUDGED}
+    after = {name: logits(judged[name]) for name in JUDGED}
     split = "test" if len(rows_of["test"]) else "validation"
     comparison = compare(split, before[split], after[split], targets.array[rows_of[split]])
     verdict = targets.judge(after, rows_of, parted.names(rows.samples), settings.calibration)
@@ -198,6 +201,7 @@ def finetune_backbone(
                 "training": _phases(head_course, course, unfrozen, strategy.num_replicas_in_sync),
             },
             recipe=settings.model_dump(mode="json"),
+            reference=_reference(embed, images, parted, judged, after, verdict),
             report=render_report,
         )
     checkpoints.clear()
@@ -349,6 +353,31 @@ def _embedded(embed: Embed, images: Images, labelled: NDArray[np.int64]) -> NDAr
         for start in range(0, max(1, len(labelled)), WATCHED_AT_ONCE)
     ]
     return np.concatenate(portions)
+
+
+def _reference(
+    embed: Embed,
+    images: Images,
+    parted: Partition,
+    judged: Mapping[str, NDArray[np.float32]],
+    after: Mapping[str, NDArray[np.float32]],
+    verdict: Verdict,
+) -> Reference:
+    """What the bundle remembers of these images as the new backbone sees them.
+
+    Of the training images only those are embedded again that become centroids.
+    """
+    targets = parted.targets
+    train = np.unique(representatives(targets.array, parted.rows_of["train"], len(targets.names))[0])
+    embeddings_ND = np.concatenate([_embedded(embed, images, train), *(judged[name] for name in JUDGED)])
+    rows = np.concatenate([train, *(parted.rows_of[name] for name in JUDGED)])
+    places = np.arange(len(rows))
+    given_MK = given_classes(
+        np.concatenate([after[name] for name in JUDGED]), verdict.calibration, verdict.thresholds
+    )
+    return Reference.of(
+        embeddings_ND, targets.array[rows], places[: len(train)], places[len(train) :], given_MK
+    )
 
 
 def _watch(

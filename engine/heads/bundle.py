@@ -7,6 +7,7 @@
     <bundle>/recipe.<sha8>.json              the recipe of the fit
     <bundle>/feature_space.<sha8>.keras      how columns become numbers, where the head takes some
     <bundle>/suspects.<sha8>.json            labels that are probably wrong, where they were looked for
+    <bundle>/reference.<sha8>.npz            what later embeddings are compared with; older bundles have none
     <bundle>/bundle.json                     names all of these with their sha-256; written last
     <bundle>/report.html                     a page about it for people, made of the documents above
 
@@ -50,6 +51,7 @@ from engine.heads.kinds import (
     SideFeatureConfig,
     open_head,
 )
+from engine.heads.reference import Reference
 from engine.storage import Store
 
 if TYPE_CHECKING:
@@ -101,8 +103,8 @@ class Manifest(Config):
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
     files: dict[str, BundleFile]
-    """The bundle's files by role: head or weights, metrics, embeddings_table, recipe; perhaps matrix, feature_space and
-    suspects."""
+    """The bundle's files by role: head or weights, metrics, embeddings_table, recipe; perhaps matrix, feature_space,
+    suspects and reference."""
     versions: dict[str, str]
     """Of Python and of the packages that made the bundle."""
     created: str
@@ -189,6 +191,16 @@ class Bundle:
         with np.load(io.BytesIO(self.read("matrix")), allow_pickle=False) as arrays:
             return AffineMap(arrays["kernel_DK"], arrays["bias_K"])
 
+    def reference(self) -> Reference | None:
+        """What it remembers of the embeddings it was fitted on; None where it was published without.
+
+        Raises:
+            BundleError: the file is gone or damaged.
+        """
+        if "reference" not in self.manifest.files:
+            return None
+        return Reference.from_bytes(self.read("reference"))
+
     def side_encoder(self) -> SideEncoder | None:
         """What turns columns of a table into numbers; None where the head takes embeddings alone.
 
@@ -240,7 +252,7 @@ class Bundle:
         )
 
 
-def publish_bundle(
+def publish_bundle(  # noqa: PLR0913
     store: Store,
     head: TrainedHead,
     *,
@@ -248,6 +260,7 @@ def publish_bundle(
     metrics: Mapping[str, Any],
     recipe: Mapping[str, Any],
     suspects: Sequence[Mapping[str, Any]] | None = None,
+    reference: Reference | None = None,
     report: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> Bundle:
     """Write a bundle, then `bundle.json`, delete the files of the bundle it replaces, and write its report.
@@ -259,6 +272,7 @@ def publish_bundle(
         metrics: for metrics.json.
         recipe: for recipe.json.
         suspects: for suspects.json; None: no such file.
+        reference: for reference.npz, which is no part of the bundle's id; None: no such file.
         report: makes report.html of what `Bundle.documents()` will be; None: none is written.
 
     Raises:
@@ -271,6 +285,8 @@ def publish_bundle(
         contents[f"{name}.json"] = _json_bytes(document)
     if suspects is not None:
         contents["suspects.json"] = _json_bytes({"suspects": list(suspects)})
+    if reference is not None:
+        contents["reference.npz"] = reference.to_bytes()
     files = {name.partition(".")[0]: _described(name, content) for name, content in contents.items()}
     manifest = Manifest(
         task=head.task,

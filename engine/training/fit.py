@@ -23,7 +23,8 @@ from engine.config import canonical_json
 from engine.errors import EngineError, LabelError
 from engine.heads.bundle import REPORT, TrainedHead, publish_bundle
 from engine.heads.kinds import open_head
-from engine.heads.network import compile_logits
+from engine.heads.network import Logits, compile_logits
+from engine.heads.reference import Reference, given_classes
 from engine.heads.side_features import SideEncoder
 from engine.report.page import render_report
 from engine.storage import StorageConfig, Store
@@ -40,6 +41,7 @@ from engine.training.rows import Rows, RowSource, empty_rows, fill_rows
 from engine.training.scaling import Scaling
 from engine.training.step import hold_rows
 from engine.training.suspects import assign_folds
+from engine.training.tasks import Targets, Verdict
 
 log = logging.getLogger(__name__)
 DIGESTED_ROWS = 1 << 20  # of a digest at most: on a disk a row's first numbers cost as much as all of them
@@ -181,6 +183,7 @@ def fit_head(
         },
         recipe=settings.model_dump(mode="json"),
         suspects=suspects,
+        reference=_reference(embeddings_ND, width, targets, rows_of, logits, judged, verdict),
         report=render_report,
     )
     checkpoints.clear()
@@ -210,6 +213,24 @@ def _side_features(
             rows = rows.append_column(one.column, pa.array(labelled.values[one.column], pa.string()))
     side = SideEncoder.fitted(settings.side_features, rows, train)
     return side, side.encode(rows)
+
+
+def _reference(
+    embeddings_ND: Rows,
+    width: int,
+    targets: Targets,
+    rows_of: Mapping[str, NDArray[np.int64]],
+    logits: Logits,
+    judged: Mapping[str, NDArray[np.float32]],
+    verdict: Verdict,
+) -> Reference:
+    """What the bundle remembers of these rows."""
+    held_out = np.concatenate([rows_of[name] for name in JUDGED])
+    asked_MK = np.concatenate([judged[name] for name in JUDGED])
+    if not len(held_out):
+        asked_MK = logits(embeddings_ND, rows_of["train"])
+    given_MK = given_classes(asked_MK, verdict.calibration, verdict.thresholds)
+    return Reference.of(embeddings_ND[:, :width], targets.array, rows_of["train"], held_out, given_MK)
 
 
 def _gathered(

@@ -30,12 +30,14 @@ from engine.finetuning import loop, step
 from engine.finetuning.finetune import finetune_backbone
 from engine.finetuning.images import ImageRows, collect_images
 from engine.finetuning.kinds import FinetuneSettings
+from engine.finetuning.step import compile_embed
 from engine.heads.bundle import open_bundle
 from engine.report.page import render_report
 from engine.resolve import Network, resolve
 from engine.runtimes.kinds import TensorFlowRuntimeConfig
 from engine.storage import StorageConfig, open_store
 from engine.strategies.kinds import open_strategy
+from engine.training.split import assign_splits
 from engine.worklist import ShardWork
 from tests.extract_jobs import job_without_network
 from tests.flows.archives import write_shards
@@ -314,6 +316,31 @@ def test_the_new_weights_have_the_fingerprint_that_extracting_with_them_finds(tm
     assert page == render_report(bundle.documents())
     assert 'id="learning-backbone-begins"' in page
     assert f"<strong>{100 * comparison.after:.2f} %</strong> after" in page
+
+
+def test_a_bundle_remembers_what_the_new_backbone_says_of_its_images(tmp_path: Path) -> None:
+    summary, _ = run(tmp_path, training={"epochs": 1})
+    bundle = open_bundle(open_store(summary["bundle"]))
+    found = bundle.reference()
+    assert found is not None
+    split = bundle.document("metrics")["split"]
+    judged = split["validation"]["rows"] + split["test"]["rows"]
+    assert (found.rows, found.cosine_counts.sum(), found.is_held_out) == (judged, judged, True)
+    config = EfficientNetLite0Config.model_validate(summary["backbone"])
+    backbone = build_backbone(config, StorageConfig())
+    with images_in(tmp_path) as rows:
+        embeddings_ND = compile_embed(backbone.network, backbone.scaling)(rows.pixels(np.arange(len(rows))))
+        splits = assign_splits(rows.samples["key"].to_pylist(), None, settings().split)
+        labels = np.array(rows.samples["label"].to_pylist())
+    held_out_ND = embeddings_ND[splits != "train"]
+    moved = np.abs(found.histogram(found.cosines(held_out_ND)) - found.cosine_counts).sum()
+    assert moved <= 2, "of a last bit in one row at most"
+    units_ND = embeddings_ND / np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
+    for name, centroid_D in zip(bundle.manifest.classes, found.centroids_CD, strict=True):
+        mean_D = units_ND[(labels == name) & (splits == "train")].mean(axis=0)
+        np.testing.assert_allclose(centroid_D, mean_D / np.linalg.norm(mean_D), atol=1e-5)
+    given = bundle.network()(held_out_ND).numpy().argmax(axis=1)
+    assert found.label_counts_K.tolist() == np.bincount(given, minlength=2).tolist()
 
 
 def test_a_bundle_is_trained_further_and_another_backbones_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from engine.heads.bundle import (
     report_uri,
 )
 from engine.heads.kinds import LinearHeadConfig, build_head
+from engine.heads.reference import Reference
 from engine.storage import InputStream, ObjectInfo, Store, open_store
 
 CLASSES = ("ant", "bee", "cat")
@@ -342,6 +343,25 @@ def test_code_inside_a_head_file_is_not_run(store: Store) -> None:
     planted = Bundle(bundle.id, bundle.manifest.model_copy(update={"files": files}), store)
     with pytest.raises(BundleError, match=r"(?s)in safe mode.*Lambda"):
         planted.network()
+
+
+def test_a_reference_is_a_further_file_that_decides_no_answer(store: Store) -> None:
+    rows_ND = np.random.default_rng(4).normal(size=(11, 7)).astype(np.float32)
+    targets_N = np.arange(11) % 3
+    given_MK = np.eye(3, dtype=np.bool_)[targets_N[7:]]
+    reference = Reference.of(rows_ND, targets_N, np.arange(7), np.arange(7, 11), given_MK)
+    without = publish(store)
+    assert without.reference() is None
+    bundle = publish(store, reference=reference)
+    assert bundle.id == without.id
+    assert re.fullmatch(r"reference\.[0-9a-f]{8}\.npz", bundle.manifest.files["reference"].path)
+    opened = open_bundle(store).reference()
+    assert opened is not None
+    np.testing.assert_array_equal(opened.centroids_CD, reference.centroids_CD)
+    assert opened.to_bytes() == reference.to_bytes()
+    assert "reference" not in open_bundle(store).documents()
+    publish(store)
+    assert not [path for path in paths(store) if path.startswith("reference")]
 
 
 def test_an_opened_bundle_travels_to_workers(store: Store) -> None:

@@ -126,6 +126,35 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
     assert sum(sum(split["rows_per_class"].values()) for split in metrics["split"].values()) == 211
 
 
+def test_a_bundle_remembers_the_rows_it_was_fitted_on(tmp_path: Path) -> None:
+    table = made_table()
+    side = ["wide" if row % 2 else "tall" for row in range(len(table))]
+    table = table.append_column("shape", pa.array(side))
+    fit(table, tmp_path, side_features=[{"column": "shape", "kind": "categorical"}])
+    bundle = open_bundle(open_store(str(tmp_path)))
+    reference = bundle.reference()
+    assert reference is not None
+    keys, labels = table["key"].to_pylist(), np.array(table["label"].to_pylist())
+    embeddings_ND = np.array(table["embedding"].to_pylist(), np.float32)
+    held_out_N = np.array([hash_fraction(0, key) >= 0.8 for key in keys])
+    units_ND = embeddings_ND / np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
+    for name, centroid_D in zip(NAMES, reference.centroids_CD, strict=True):
+        mean_D = units_ND[(labels == name) & ~held_out_N].mean(axis=0)
+        np.testing.assert_allclose(centroid_D, mean_D / np.linalg.norm(mean_D), atol=1e-6)
+    held_out = table.filter(pa.array(held_out_N))
+    predicted = Predictor(bundle, 1).predict_table(held_out)["label"].to_pylist()
+    assert reference.label_mix(NAMES) == {name: predicted.count(name) for name in NAMES}
+    assert (reference.rows, reference.unlabelled) == (held_out_N.sum(), 0)
+    assert reference.is_held_out
+    found = reference.histogram(reference.cosines(embeddings_ND[held_out_N]))
+    np.testing.assert_array_equal(found, reference.cosine_counts)
+
+    fit(made_table(), tmp_path / "all", split={"train": 1, "validation": 0, "test": 0})
+    reference = open_bundle(open_store(str(tmp_path / "all"))).reference()
+    assert reference is not None
+    assert (reference.rows, reference.cosine_counts.sum(), reference.is_held_out) == (211, 211, False)
+
+
 def test_a_bundle_answers_with_the_confidences_and_thresholds_that_its_metrics_promise(
     tmp_path: Path,
 ) -> None:

@@ -31,6 +31,7 @@ from engine.training.multi_label import (
     judge_label_sets,
     share_right,
 )
+from engine.training.split import hash_fraction
 
 NAMES = ("ant", "bee", "cat")
 WIDTH = 6
@@ -191,6 +192,13 @@ def test_a_head_is_as_good_as_scikit_learns_and_its_bundle_answers_with_sets(tmp
     assert answers["labels"].to_pylist() == wanted
     assert any(len(labels) > 1 for labels in wanted) and any(not labels for labels in wanted)
     np.testing.assert_allclose(answers["confidence"], probabilities_NK.max(axis=1), atol=1e-6)
+    remembered = bundle.reference()
+    assert remembered is not None and remembered.rows == remembered.cosine_counts.sum() > 300
+    keys = made_table()["key"].to_pylist()
+    held_out = pa.array([hash_fraction(0, key) >= 0.6 for key in keys])
+    given = predictor.predict_table(made_table().filter(held_out))["labels"].to_pylist()
+    assert remembered.label_mix(NAMES) == {name: sum(name in one for one in given) for name in NAMES}
+    assert (remembered.unlabelled, remembered.rows) == (given.count([]), len(given))
     sure = Predictor(bundle, top_k=2, min_confidence=0.99).predict_table(table)["labels"].to_pylist()
     assert sure == sets_of((probabilities_NK >= 0.99).astype(np.uint8))
 
