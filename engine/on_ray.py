@@ -318,7 +318,7 @@ def run_parts(
     items: Sequence[str],
     num_actors: int,
     actor_cpus: float,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Spread items (JSON texts) over a pool of actors that answer each with a JSON text.
 
     Args:

@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from engine.decisions import Decisions
 from engine.errors import TableDamaged
 from engine.heads.bundle import open_bundle
+from engine.heads.reference import Reference
 from engine.parts import PartName, parse_part_name, prediction_name
 from engine.predictor import Predictor
 from engine.storage import ObjectInfo, StorageConfig, open_store
-from engine.tables import PredictionPartFacts, read_part, write_prediction_part
+from engine.tables import PredictionPartFacts, embeddings_matrix, read_part, write_prediction_part
 
 PARTS_PER_ITEM_MAX = 32  # a task costs about 10 ms, a part of 1,024 rows a few
 # What a scorer reads ahead of the part it computes: object stores answer in 50 to 100 ms, a part takes 8 of a core.
@@ -34,12 +35,14 @@ class BundleJob:
     Attributes:
         bundle_id: the bundle this run began with; one published meanwhile is refused.
         decisions: what the table says.
+        counts_in_footers: each part says what is in it, for whoever judges it before it is published.
     """
 
     bundle_uri: str
     bundle_id: str
     table_uri: str
     decisions: Decisions
+    counts_in_footers: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ class PartScorer:
         self._embeddings = open_store(job.embeddings_uri, job.storage)
         self._tables = {place: open_store(one.table_uri, job.storage) for place, one in job.bundles.items()}
         self._predictors = {place: _predictor(one, job.storage) for place, one in job.bundles.items()}
+        self._references = {
+            place: _reference(one, job.storage) for place, one in job.bundles.items() if one.counts_in_footers
+        }
         self._readers = ThreadPoolExecutor(READ_AHEAD_PARTS, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(WRITES_AT_ONCE, thread_name_prefix="write")
 
@@ -152,8 +158,10 @@ class PartScorer:
                     predictions = self._predictors[place].predict_table(embeddings)
                     if len(writes) >= WRITES_AT_ONCE:
                         writes.popleft().result()
-                    writes.append(self._writers.submit(self._write, part.info, place, predictions))
-                    counts[place].add(_counted(predictions))
+                    counted = _counted(predictions)
+                    facts = self._facts(part.info, place, predictions, embeddings)
+                    writes.append(self._writers.submit(self._write, place, predictions, facts))
+                    counts[place].add(counted)
             for write in writes:
                 write.result()
         finally:
@@ -183,8 +191,9 @@ class PartScorer:
         columns = {column: None for place in part.bundles for column in self._predictors[place].columns}
         return read_part(self._embeddings, part.info, list(columns))
 
-    def _write(self, info: ObjectInfo, place: int, predictions: pa.Table) -> int:
-        """Write one prediction part; returns its bytes."""
+    def _facts(
+        self, info: ObjectInfo, place: int, predictions: pa.Table, embeddings: pa.Table
+    ) -> PredictionPartFacts:
         name = parse_part_name(info.path)
         if name is None:
             raise TableDamaged(f"{info.path}: not the name of a part")
@@ -195,9 +204,29 @@ class PartScorer:
             embedding_identity=info.identity,
             rows=predictions.num_rows,
         )
-        target = prediction_name(name, info.identity)
+        if place not in self._references:
+            return facts
+        reference, cosine_counts = self._references[place], None
+        if reference is not None:
+            cosines_N = reference.cosines(embeddings_matrix(embeddings["embedding"]))
+            cosine_counts = tuple(reference.histogram(cosines_N).tolist())
+        counted = _counted(predictions)
+        answers = counted.label_counts
+        if "label" in predictions.column_names:
+            answers = _value_counts(pc.list_element(predictions["top_labels"], 0))
+        return replace(facts, answer_counts=answers, abstained=counted.abstained, cosine_counts=cosine_counts)
+
+    def _write(self, place: int, predictions: pa.Table, facts: PredictionPartFacts) -> int:
+        """Write one prediction part; returns its bytes."""
+        name = parse_part_name(facts.embedding_part)
+        assert name is not None
+        target = prediction_name(name, facts.embedding_identity)
         also = self._job.bundles[place].decisions.also
         return write_prediction_part(self._tables[place], target, predictions, facts, also)
+
+
+def _reference(job: BundleJob, storage: StorageConfig) -> Reference | None:
+    return open_bundle(open_store(job.bundle_uri, storage), job.bundle_id).reference()
 
 
 def _predictor(job: BundleJob, storage: StorageConfig) -> Predictor:
@@ -213,6 +242,9 @@ def _counted(predictions: pa.Table) -> BundleCounts:
         abstained = int(np.count_nonzero(pc.list_value_length(predictions["labels"]).to_numpy() == 0))
     else:
         labels, abstained = predictions["label"].drop_null(), predictions["label"].null_count
+    return BundleCounts(1, predictions.num_rows, abstained, _value_counts(labels))
+
+
+def _value_counts(labels: pa.ChunkedArray) -> dict[str, int]:
     counts = pc.value_counts(labels)
-    by_label = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
-    return BundleCounts(1, predictions.num_rows, abstained, dict(by_label))
+    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))

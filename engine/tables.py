@@ -197,7 +197,15 @@ class EmbeddingPartFacts:
 
 @dataclass(frozen=True, slots=True)
 class PredictionPartFacts:
-    """Footer of a prediction part: which bundle scored which version of which embedding part."""
+    """Footer of a prediction part: which bundle scored which version of which embedding part.
+
+    Attributes:
+        answer_counts: rows by their first candidate, whatever its confidence, or each of their several labels; None
+            where nothing was counted.
+        abstained: rows without a label; None where nothing was counted.
+        cosine_counts: rows by their nearness to what the bundle was fitted on, in the bins of its reference; None where
+            nothing was counted, or the bundle has none.
+    """
 
     bundle: str
     fingerprint: str
@@ -205,6 +213,9 @@ class PredictionPartFacts:
     embedding_identity: str
     rows: int
     schema_version: int = SCHEMA_VERSION
+    answer_counts: dict[str, int] | None = None
+    abstained: int | None = None
+    cosine_counts: tuple[int, ...] | None = None
 
 
 PartFacts = EmbeddingPartFacts | PredictionPartFacts
@@ -266,16 +277,35 @@ def read_embedding_facts(store: Store, name: PartName) -> EmbeddingPartFacts:
         ObjectNotFound: no such part.
         TableDamaged: the file is not a part.
     """
-    info = store.info(f"{DATA_FOLDER}{name}")
+    return EmbeddingPartFacts(**_footer(store, store.info(f"{DATA_FOLDER}{name}"), EmbeddingPartFacts))
+
+
+def read_prediction_facts(store: Store, info: ObjectInfo) -> PredictionPartFacts:
+    """Footer of one prediction part, by ranged reads of its end only.
+
+    Raises:
+        ObjectNotFound, ObjectChanged: the part is gone, or was rewritten since it was listed.
+        TableDamaged: the file is not a part.
+    """
+    return PredictionPartFacts(**_footer(store, info, PredictionPartFacts))
+
+
+def _footer(store: Store, info: ObjectInfo, kind: type[PartFacts]) -> dict[str, Any]:
+    wanted = {field.name for field in dataclasses.fields(kind)}
+    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     try:
         metadata = pq.read_metadata(_PartEnd(store, info)).metadata or {}
-        return EmbeddingPartFacts(**json.loads(metadata[FOOTER_KEY]))
+        found: dict[str, Any] = json.loads(metadata[FOOTER_KEY])
+        if not required <= set(found) <= wanted:
+            raise ValueError(f"a footer with the fields {', '.join(sorted(found))}")
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise TableDamaged(
-            f"{store.uri}/{info.path}: not a part of an embedding table",
+            f"{store.uri}/{info.path}: not a part of such a table",
             found=repr(error),
-            way_out="delete the file and run extract again",
+            wanted=f"a footer with the fields {', '.join(sorted(required))}",
+            way_out="delete the file and run the job that wrote it again",
         ) from None
+    return found
 
 
 def embeddings_digest(embedding: pa.ChunkedArray) -> str:

@@ -69,6 +69,7 @@ RECIPE_CLASSES = {
     "fit": "FitRecipe",
     "finetune": "FinetuneRecipe",
     "score": "ScoreRecipe",
+    "nightly": "NightlyRecipe",
 }
 
 
@@ -127,6 +128,24 @@ def finetune(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as
 def score(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
     """Label an embedding table with a bundle; writes prediction parts, only what is new."""
     _run_job("score", recipe, overrides, plan, as_json)
+
+
+@app.command()
+def nightly(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish", help="Only publish what an earlier night held back; you have looked at it."
+        ),
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="As of extract.")] = False,
+    plan: Plan = False,
+    as_json: Json = False,
+) -> None:
+    """Extract what is new, score it, judge it, publish it; what looks wrong is held back, with exit code 3."""
+    _run_job("nightly", recipe, overrides, plan, as_json, {"publish": publish, "prune": prune})
 
 
 @app.command()

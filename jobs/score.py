@@ -5,6 +5,8 @@ engine score RECIPE            or   ray job submit --working-dir . -- python job
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import sys
 import time
@@ -73,25 +75,32 @@ class _Look:
         return pending_parts(self.embeddings.parts, self.scored)
 
 
-def run(recipe: ScoreRecipe) -> Outcome:
-    """Score the embedding parts that have no predictions yet, then drop predictions of rewritten parts."""
+def run(recipe: ScoreRecipe, *, held: bool = False, until: float | None = None) -> Outcome:
+    """Score the embedding parts that have no predictions yet, then drop predictions of rewritten parts.
+
+    Args:
+        held: write them beside each table, where no reader looks, and drop nothing: somebody else publishes them.
+        until: stop between two parts when `time.monotonic()` says so; the next run goes on there.
+    """
     from engine.tables import claim_table, sweep_predictions
 
     started, run_id = time.monotonic(), new_run_id("score")
-    look = _look(recipe)
+    look = _look(recipe, held)
     pending = look.pending()
     say(f"score: {len(pending):,} of {len(look.embeddings.parts):,} parts pending")
     for bundle, table in zip(look.bundles, look.tables, strict=True):
         _require_same(claim_table(table, _record(look, bundle)), _contract(look, bundle), table.uri)
-    receipts = _scored(recipe, look, pending, started) if pending else []
-    for table in look.tables:
-        if swept := sweep_predictions(table, lambda: _wanted_now(look.embeddings.store)):
+    receipts = _scored(recipe, look, pending, until) if pending else []
+    left = len(pending) - sum(receipt.parts_read for receipt in receipts)
+    for table in () if held else look.tables:
+        if swept := sweep_predictions(table, lambda: wanted_now(look.embeddings.store)):
             say(f"removed {swept:,} prediction parts of rewritten embeddings")
-    return Outcome(_summary(run_id, look, receipts, time.monotonic() - started))
+    summary = _summary(run_id, look, receipts, time.monotonic() - started)
+    return Outcome({**summary, "parts_left": left})
 
 
 def _scored(
-    recipe: ScoreRecipe, look: _Look, pending: Sequence[PendingPart], started: float
+    recipe: ScoreRecipe, look: _Look, pending: Sequence[PendingPart], until: float | None
 ) -> list[ScoreReceipt]:
     """Spread the pending parts over scorers, one for each core."""
     from engine.on_ray import machines_of_cluster, ray_session, run_parts
@@ -104,6 +113,7 @@ def _scored(
         fingerprint=look.embeddings.record["fingerprint"],
         bundles={place: look.bundles[place] for part in pending for place in part.bundles},
     )
+    started = time.monotonic()
     receipts: list[ScoreReceipt] = []
     parts = rows = 0
     with (
@@ -113,13 +123,15 @@ def _scored(
         # Ray 2.60 sets OMP_NUM_THREADS to an actor's CPUs, so that matrix products of all scorers share the cores.
         scorers = max(1, min(len(pending), int(machines_of_cluster().cpus)))
         items = score_items(pending, scorers)
-        for receipt in map(
-            ScoreReceipt.from_json, run_parts(PartScorer, (job,), items, scorers, actor_cpus=1)
-        ):
-            receipts.append(receipt)
-            parts += receipt.parts_read
-            rows += sum(counts.rows for counts in receipt.bundles.values())
-            bar.update(task, completed=parts, rate=f"{rows / (time.monotonic() - started):,.0f} rows/s")
+        # Closed while there is a Ray: what Ray Data does afterwards would start another.
+        with contextlib.closing(run_parts(PartScorer, (job,), items, scorers, actor_cpus=1)) as answers:
+            for receipt in map(ScoreReceipt.from_json, answers):
+                receipts.append(receipt)
+                parts += receipt.parts_read
+                rows += sum(counts.rows for counts in receipt.bundles.values())
+                bar.update(task, completed=parts, rate=f"{rows / (time.monotonic() - started):,.0f} rows/s")
+                if until is not None and time.monotonic() >= until:
+                    break
     return receipts
 
 
@@ -133,14 +145,14 @@ def _summary(run_id: str, look: _Look, receipts: Sequence[ScoreReceipt], seconds
             totals[place].add(counts)
     bundles = [
         {
-            "table": job.table_uri,
+            "table": table.uri,
             "bundle": job.bundle_id,
             "parts_written": total.parts,
             "rows": total.rows,
             "label_counts": _most_first(total.label_counts),
             "abstained": total.abstained,
         }
-        for job, total in zip(look.bundles, totals, strict=True)
+        for job, table, total in zip(look.bundles, look.tables, totals, strict=True)
     ]
     rows = sum(total.rows for total in totals)
     alone = bundles[0] if len(bundles) == 1 else {"table": None, "bundle": None, "label_counts": {}}
@@ -184,15 +196,24 @@ def plan(recipe: ScoreRecipe) -> dict[str, Any]:
     }
 
 
-def _look(recipe: ScoreRecipe) -> _Look:
+def _look(recipe: ScoreRecipe, held: bool = False) -> _Look:
     """Listings, records and the bundles' manifests; refuses what does not belong together."""
+    from engine.night import HELD_FOLDER
     from engine.storage import open_store
     from engine.tables import open_table, part_names, read_record
 
     embeddings = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundles = tuple(_bundle_job(recipe, wanted, embeddings) for wanted in recipe.bundles)
     tables = tuple(open_store(wanted.output.uri, recipe.storage) for wanted in recipe.bundles)
-    look = _Look(embeddings, bundles, tables, tuple(set(part_names(table)) for table in tables))
+    scored = [set(part_names(table)) for table in tables]
+    if held:
+        beside = [table.sub(HELD_FOLDER) for table in tables]
+        scored = [names | set(part_names(store)) for names, store in zip(scored, beside, strict=True)]
+        bundles = tuple(
+            dataclasses.replace(job, table_uri=store.uri, counts_in_footers=True)
+            for job, store in zip(bundles, beside, strict=True)
+        )
+    look = _Look(embeddings, bundles, tables, tuple(scored))
     for bundle, table in zip(bundles, tables, strict=True):
         record = read_record(table, "predictions")
         if record is not None:
@@ -220,7 +241,7 @@ def _bundle_job(recipe: ScoreRecipe, wanted: ScoredBundle, embeddings: Table) ->
     )
 
 
-def _wanted_now(embeddings: Store) -> set[PartName]:
+def wanted_now(embeddings: Store) -> set[PartName]:
     """Names of the prediction parts that the embedding table calls for at this moment."""
     from engine.parts import prediction_name
     from engine.tables import open_table

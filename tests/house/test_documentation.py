@@ -85,7 +85,7 @@ def test_every_recipe_loads_and_says_its_command(repository: Path) -> None:
 def test_recipes_in_the_readme_load(repository: Path, tmp_path: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n# (\w+)\.yaml\n(.*?)```", text, re.DOTALL)
-    assert {verb for verb, _ in blocks} == {"extract", "fit", "finetune", "score"}
+    assert {verb for verb, _ in blocks} == {"extract", "fit", "finetune", "score", "nightly"}
     for verb, block in blocks:
         path = tmp_path / f"{verb}.yaml"
         path.write_text(block, encoding="utf-8")
@@ -104,7 +104,7 @@ def test_every_field_of_every_recipe_is_explained(verb: str) -> None:
     ("arguments", "said"),
     [
         (["extract", "absent.yaml"], "no such file"),
-        (["schema", "extrakt"], "extract, fit, finetune, score"),
+        (["schema", "extrakt"], "extract, fit, finetune, score, nightly"),
         (["extract", "jobs/recipes/demo_extract.yaml", "--set", "compute.actor=2"], "did you mean 'actors'?"),
         (["extract", "jobs/recipes/demo_extract.yaml", "--set", "source.kind=zip"], "webdataset"),
         (["extract", "jobs/recipes/demo_extract.yaml", "--set", "backbone.input_size=-3"], "backbone"),

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("embedder", "training", "predictor", "decisions"),
     ("runtime_choice", "resolution_cache", "extraction", "scoring"),
     ("resolve", "finetuning"),
-    ("accounting", "cluster_head", "export", "gate", "inspection", "plan", "sizing", "verification"),
+    ("accounting", "cluster_head", "export", "gate", "inspection", "night", "plan", "sizing", "verification"),
     ("on_ray", "this_machine"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

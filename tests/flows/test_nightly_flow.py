@@ -1,0 +1,174 @@
+"""`engine nightly`, three nights on end: new, replaced, removed, damaged and drifting shards, each night twice."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from PIL import Image
+
+from engine.lease import held_lease, this_run
+from engine.storage import open_store
+from jobs.nightly import LEASE_NAME
+from tests.commands import Ended, Engine
+from tests.flows.archives import shard_bytes, write_recipe
+from tests.shards.archives import member, tar_bytes
+
+ROWS = 96  # of each shard: two parts
+RECIPE = """
+source:   {{kind: webdataset, uri: "{folder}/archive", pattern: "*.tar", image: [jpg], label: cls}}
+backbone: {{kind: keras_application, name: MobileNetV2, weights: random, seed: 3, input_size: 32, layer: block_2_add}}
+output:   {{uri: "{folder}/embeddings", rows_per_part: 64}}
+"""
+MORE = """
+bundles:  [{{uri: "{folder}/bundle", output: {{uri: "{folder}/labels", top_k: 2, also: [jsonl]}}}}]
+gate:     {{min_rows: 40}}
+"""
+FIT = """
+embeddings: {{uri: "{folder}/embeddings"}}
+optimizer:  {{kind: lbfgs}}
+output:     {{uri: "{folder}/bundle"}}
+"""
+
+
+def put(folder: Path, name: str, content: bytes) -> None:
+    (folder / "archive").mkdir(exist_ok=True)
+    (folder / "archive" / name).write_bytes(content)
+
+
+def noise_shard() -> bytes:
+    """What no photo looks like."""
+    members = []
+    for number in range(ROWS):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3)).astype(np.uint8)
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "PNG")
+        members.append(member(f"noise{number:03d}.jpg", encoded.getvalue()))
+    return tar_bytes(members)
+
+
+@pytest.fixture
+def night(engine: Engine, tmp_path: Path) -> Any:
+    """The command on its recipe, with what it answers; three shards, their table and a bundle are there."""
+    for number in range(3):
+        put(tmp_path, f"{number}.tar", shard_bytes(number * ROWS, ROWS))
+    extract = write_recipe(tmp_path, "extract.yaml", RECIPE.format(folder=tmp_path))
+    assert engine("extract", extract).code == 0
+    fitted = engine("fit", write_recipe(tmp_path, "fit.yaml", FIT.format(folder=tmp_path)))
+    assert fitted.code == 0, fitted.stderr
+    recipe = write_recipe(tmp_path, "nightly.yaml", (RECIPE + MORE).format(folder=tmp_path))
+
+    def run(*options: str) -> Ended:
+        return engine("nightly", recipe, "--json", *options)
+
+    return run
+
+
+def table_of(folder: Path, name: str = "labels") -> pa.Table:
+    """What readers see."""
+    found = ds.dataset(folder / name / "data").to_table(
+        columns=["key", "shard", "index", "label", "confidence"]
+    )
+    return found.sort_by([("shard", "ascending"), ("index", "ascending")])
+
+
+def published_files(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for place in ("data", "also")
+        for path in (folder / "labels" / place).glob("*")
+    }
+
+
+def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:
+    # The first: everything is new.
+    first = night()
+    assert first.code == 0, first.stderr
+    told = first.summary
+    assert (told["published_parts"], told["held_parts"], told["is_finished"]) == (6, 0, True)
+    assert told["tables"][0]["gate"]["passes"]
+    assert table_of(tmp_path).num_rows == 3 * ROWS
+    assert not list((tmp_path / "labels" / "held").rglob("*.parquet"))
+    assert (
+        json.loads((tmp_path / "labels" / "nights" / f"{told['run_id']}.json").read_text())["published_rows"]
+        == 3 * ROWS
+    )
+    files = published_files(tmp_path)
+    assert len(files) == 2 * 6
+    assert night().summary["published_parts"] == 0
+    assert published_files(tmp_path) == files, "the same night again changes nothing"
+
+    # The second: one new, one replaced by photos of which half were there, one gone, one cut off.
+    put(tmp_path, "3.tar", shard_bytes(3 * ROWS, ROWS))
+    put(tmp_path, "1.tar", shard_bytes(ROWS + ROWS // 2, ROWS))
+    (tmp_path / "archive" / "2.tar").unlink()
+    put(tmp_path, "4.tar", shard_bytes(9 * ROWS, ROWS)[:-9000])
+    second = night()
+    assert second.code == 1, second.stderr  # a shard failed; what is whole is published all the same
+    told = second.summary
+    extracted = told["extract"]
+    assert (extracted["shards_done"], extracted["shards_failed"]) == (2, 1)
+    assert (extracted["shards_replaced"], extracted["shards_removed"]) == (1, 1)
+    rules = {rule["name"]: rule for rule in told["tables"][0]["gate"]["rules"]}
+    assert rules["min_agreement"]["value"] == 1.0, "of unchanged keys each keeps its label"
+    found = table_of(tmp_path)
+    places = set(zip(found["shard"].to_pylist(), found["index"].to_pylist(), strict=True))
+    assert len(places) == found.num_rows == 4 * ROWS + 64  # of the one that is cut off its first part
+    assert {"0.tar", "1.tar", "2.tar", "3.tar"} <= set(found["shard"].to_pylist())
+    files = published_files(tmp_path)
+    again = night()
+    assert (again.code, again.summary["published_parts"]) == (1, 0)
+    assert published_files(tmp_path) == files
+
+    # The third: what comes looks like nothing that the bundle was fitted on.
+    (tmp_path / "archive" / "4.tar").unlink()
+    put(tmp_path, "5.tar", noise_shard())
+    for _ in range(2):
+        third = night()
+        assert third.code == 3, third.stderr
+        assert (third.summary["published_parts"], third.summary["held_parts"]) == (0, 2)
+        assert "--publish" in third.stderr
+        assert published_files(tmp_path) == files
+    assert not third.summary["tables"][0]["gate"]["passes"]
+    approved = night("--publish")
+    assert (approved.code, approved.summary["published_parts"]) == (0, 2), approved.stderr
+    assert night().code == 0
+
+    # And all of it is what one run would have made.
+    alone = (RECIPE + MORE).format(folder=tmp_path)
+    lines = alone[alone.index("bundles:") :].replace(f"{tmp_path}/labels", f"{tmp_path}/alone").splitlines()
+    text = f'embeddings: {{uri: "{tmp_path}/embeddings"}}\n{lines[0]}\n'
+    assert engine("score", write_recipe(tmp_path, "score.yaml", text)).code == 0
+    assert table_of(tmp_path, "alone").equals(table_of(tmp_path))
+    checked = engine("verify", str(tmp_path / "labels"))
+    assert checked.code == 0, checked.stderr
+
+
+def test_a_night_beside_another_leaves_and_says_whose_turn_it_is(night: Any, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "embeddings"))
+    with held_lease(store, LEASE_NAME, this_run("the other night"), 600.0):
+        refused = night()
+    assert refused.code == 1
+    assert "the other night" in refused.stderr
+    assert not (tmp_path / "labels").exists()
+    assert night().code == 0
+
+
+def test_a_night_whose_time_is_up_stops_and_the_next_goes_on(night: Any, tmp_path: Path) -> None:
+    for number in range(3, 9):
+        put(tmp_path, f"{number}.tar", shard_bytes(number * ROWS, ROWS))
+    planned = json.loads(night("--set", "budget.max_seconds=1", "--plan").stdout)
+    assert (planned["shards_pending"], planned["seconds_at_most"]) == (6, 1.0)
+    short = night("--set", "budget.max_seconds=1")
+    assert short.code == 0, short.stderr
+    assert not short.summary["is_finished"]
+    assert "left for the next night" in short.stderr
+    whole = night()
+    assert (whole.code, whole.summary["is_finished"]) == (0, True), whole.stderr
+    assert table_of(tmp_path).num_rows == 9 * ROWS
