@@ -157,7 +157,8 @@ def _mapped(
 
 
 def _require_known(names: Mapping[str, Any], classes: Sequence[str], field: str, bundle_uri: str) -> None:
-    unknown = [name for name in names if name not in set(classes)]
+    known = set(classes)
+    unknown = [name for name in names if name not in known]
     if not unknown:
         return
     near = difflib.get_close_matches(unknown[0], classes, n=3)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engine.storage import ObjectInfo, StorageConfig, Store
 
 COPY_BLOCK_BYTES = 2**20
+MAX_UNPACKED_BYTES = 16 << 30  # of an archive; the largest networks of keras.applications have 1.4 GB
 SAVED_MODEL_GRAPH = "saved_model.pb"
 SAVED_MODEL_VARIABLES = "variables/"
 
@@ -113,15 +114,21 @@ def _cached_folder(name: str, uri: str, fill: Callable[[Path], None]) -> Path:
 def _unpack(archive: Path, folder: Path, uri: str) -> None:
     """Only what belongs to it, whatever else the archive holds, and only as files."""
     try:
+        unpacked = 0
         with tarfile.open(archive) as tar:
             for member in tar:
                 path = str(PurePosixPath(member.name))
                 if member.isfile() and _is_of_saved_model(path):
+                    unpacked += member.size
+                    if member.issparse() or unpacked > MAX_UNPACKED_BYTES:
+                        raise tarfile.TarError(f"{path} with {member.size:,} bytes, which is not unpacked")
                     (folder / path).parent.mkdir(exist_ok=True)
                     with (folder / path).open("wb") as file:
                         content = tar.extractfile(member)
                         assert content is not None
                         shutil.copyfileobj(content, file, COPY_BLOCK_BYTES)
+                        file.flush()
+                        os.fsync(file.fileno())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise WeightsError(f"backbone.weights: {uri} is not a whole tar archive", found=str(error)) from None
 

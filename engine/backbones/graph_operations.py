@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+DT_STRING = 7  # tensorflow/core/framework/types.proto
 _PASSED_ON = """
     Cast CheckNumerics Const EnsureShape Fill Identity IdentityN NoOp OnesLike Placeholder PlaceholderWithDefault
     PreventGradient Rank Shape ShapeN Size Snapshot StopGradient ZerosLike
@@ -75,6 +76,47 @@ def operations(graph_def: Any, nodes: Iterable[Any]) -> Counter[str]:
                 seen.add(name)
                 todo.extend(functions[name].node_def)
     return found
+
+
+def without_strangers(graph_def: Any) -> Any:
+    """A copy with the functions alone that its nodes call, and those that these call.
+
+    TensorFlow's optimizer puts one function in the place of another where both say that they implement the same, and
+    gradients in the place of functions: what nobody calls must not be there to be taken, nor say so.
+    """
+    kept = copy.deepcopy(graph_def)
+    functions = {function.signature.name: function for function in kept.library.function}
+    called: set[str] = set()
+    todo = list(kept.node)
+    while todo:
+        for name in set(_functions_of(todo.pop())) & functions.keys() - called:
+            called.add(name)
+            todo.extend(functions[name].node_def)
+    chosen = [function for name, function in functions.items() if name in called]
+    for function in chosen:
+        for name in [name for name in function.attr if name.startswith("api_")]:
+            del function.attr[name]
+    kept.ClearField("library")
+    kept.library.function.extend(chosen)
+    return kept
+
+
+def restore_only_from(graph_def: Any, checkpoint: str) -> None:
+    """Have every RestoreV2 read this checkpoint, whatever the file says; in place."""
+    for function in graph_def.library.function:
+        _restore_from(function.node_def, checkpoint, ":output:0")
+    _restore_from(graph_def.node, checkpoint, "")
+
+
+def _restore_from(nodes: Any, checkpoint: str, output: str) -> None:
+    for place, node in enumerate([node for node in nodes if node.op == "RestoreV2"]):
+        prefix = nodes.add()
+        prefix.op, prefix.name = "Const", f"checkpoint_beside_it_{place}"
+        prefix.attr["dtype"].type = DT_STRING
+        prefix.attr["value"].tensor.dtype = DT_STRING
+        prefix.attr["value"].tensor.tensor_shape.SetInParent()
+        prefix.attr["value"].tensor.string_val.append(checkpoint.encode())
+        node.input[0] = prefix.name + output
 
 
 def with_own_function_names(graph_def: Any, prefix: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def _described(path: Path, uri: str) -> Any:
     except (zipfile.BadZipFile, KeyError, ValueError, OSError, RecursionError) as error:
         raise _unreadable(uri, f"{type(error).__name__}: {error}") from None
     for module, name in _named(described):
-        if name in REFUSED_CLASSES or not _is_computing(module):
+        if name in REFUSED_CLASSES or not _is_computing(module, name):
             raise WeightsError(
                 f"backbone.weights: {uri} names something that is not opened",
                 found=f"{module}.{name}" if module else name,
@@ -84,8 +85,10 @@ def _described(path: Path, uri: str) -> Any:
     return described
 
 
-def _is_computing(module: str) -> bool:
+def _is_computing(module: str, name: str) -> bool:
     """Whether it is Keras' own, and of what only computes."""
+    if "." in name:  # Keras would go on from the module, to wherever it leads
+        return False
     parts = module.split(".")
     return module == "keras" or any(".".join(parts[:count]) in KERAS_MODULES for count in (2, 3))
 
@@ -109,25 +112,23 @@ def _named(described: Any) -> Iterator[tuple[str, str]]:
             ):
                 continue  # values, in Keras' own spelling
             if name == "function" and found.get("module") == "builtins":
-                continue  # of a name that Keras looks for among its own
-            yield str(found.get("module") or ""), str(name)
+                yield "keras", str(found.get("config"))  # a name that Keras looks for among its own
+            else:
+                yield str(found.get("module") or ""), str(name)
 
 
 def _loaded(path: Path, uri: str) -> Any:
     keras = require_keras()
+    import tensorflow as tf
+
     try:
         with python_random_kept():
             network = keras.saving.load_model(path, compile=False, safe_mode=True)
-    # What Keras raises on a config that does not fit together is not documented: any of these was seen.
+    # What Keras raises on a config or tensors that do not fit is not documented: any of these was seen.
     except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OSError,
-        NotImplementedError,
-        IndexError,
-    ) as error:
+        ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError, IndexError, RecursionError,
+        MemoryError, zipfile.BadZipFile, zlib.error, tf.errors.OpError,
+    ) as error:  # fmt: skip
         raise _unreadable(uri, " ".join(str(error).split())[:400]) from None
     if isinstance(network, keras.Sequential):  # which has no `output` before it is called (Keras 3.15)
         network = keras.Model(network.inputs, network.outputs[0], name=network.name)

@@ -17,7 +17,14 @@ import numpy as np
 from engine.backbones.base import Backbone, require_keras
 from engine.backbones.cut import cut_and_freeze
 from engine.backbones.fetch import SAVED_MODEL_GRAPH, fetch_saved_model
-from engine.backbones.graph_operations import COMPUTING, RESTORING, operations, with_own_function_names
+from engine.backbones.graph_operations import (
+    COMPUTING,
+    RESTORING,
+    operations,
+    restore_only_from,
+    with_own_function_names,
+    without_strangers,
+)
 from engine.backbones.kinds import unknown_name
 from engine.backbones.scaling import stated_scaling
 from engine.errors import RecipeError, WeightsError
@@ -114,10 +121,10 @@ def _require_images(images: Any, config: SavedModelConfig) -> None:
 
 
 def _part_of(graph_def: Any, *nodes: str) -> Any:
-    """The nodes that these need, and the functions that those call."""
+    """The nodes that these need, and the functions that those call; nothing that could take their place."""
     import tensorflow as tf
 
-    return tf.compat.v1.graph_util.extract_sub_graph(graph_def, list(nodes))
+    return without_strangers(tf.compat.v1.graph_util.extract_sub_graph(graph_def, list(nodes)))
 
 
 def _refuse_other_operations(part: Any, allowed: frozenset[str], uri: str) -> None:
@@ -145,13 +152,16 @@ def _with_constants(
         return forward, []
     saver = meta_graph.saver_def
     restore, file_name = _node(saver.restore_op_name), saver.filename_tensor_name
-    restoring = _part_of(meta_graph.graph_def, restore)
-    _refuse_other_operations(restoring, RESTORING, uri)
+    _refuse_other_operations(_part_of(meta_graph.graph_def, restore), RESTORING, uri)
+    both = _part_of(meta_graph.graph_def, embedding, restore)
+    checkpoint = str(folder / "variables/variables")
+    restore_only_from(both, checkpoint)
+    options = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
+    options.graph_options.rewrite_options.disable_meta_optimizer = True  # what was looked at is what is run
     graph = tf.Graph()
     try:
-        on_cpu = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
-        with graph.as_default(), tf.compat.v1.Session(graph=graph, config=on_cpu) as session:
-            tf.graph_util.import_graph_def(_part_of(meta_graph.graph_def, embedding, restore), name="")
+        with graph.as_default(), tf.compat.v1.Session(graph=graph, config=options) as session:
+            tf.graph_util.import_graph_def(both, name="")
             for node in forward.node:
                 if node.op == "VarHandleOp":  # the conversion reads each under this name
                     tf.raw_ops.ReadVariableOp(
@@ -159,9 +169,7 @@ def _with_constants(
                         dtype=tf.as_dtype(node.attr["dtype"].type),
                         name=f"{node.name}/Read/ReadVariableOp",
                     )
-            session.run(
-                graph.get_operation_by_name(restore), {file_name: str(folder / "variables/variables")}
-            )
+            session.run(graph.get_operation_by_name(restore), {file_name: checkpoint})
             constant = convert_to_constants.convert_variables_to_constants_from_session_graph(
                 session, graph.as_graph_def(), [embedding]
             )

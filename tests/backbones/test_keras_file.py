@@ -151,6 +151,8 @@ def test_lambda_is_refused_and_never_run(tmp_path: Path) -> None:
         ("keras.utils", "get_file"),
         ("keras.src.utils.file_utils", "get_file"),
         ("keras.layers", "TFSMLayer"),
+        ("keras", "layers.TFSMLayer"),
+        ("keras", "utils.get_file"),
         ("keras.layers", "StringLookup"),
         ("keras_extension", "Layer"),
         ("my.own", "Attention"),
@@ -177,6 +179,26 @@ def test_class_of_ones_own_is_refused_with_a_way_out(tmp_path: Path) -> None:
 
     path = saved(sequential(OwnLayer()), tmp_path / "x.keras")
     with pytest.raises(WeightsError, match=r"OwnLayer[\s\S]*kind: saved_model"):
+        opened(path)
+
+
+def test_function_that_is_named_by_a_path_is_refused(tmp_path: Path) -> None:
+    network = sequential(layers.Conv2D(3, 1, activation=keras.activations.relu6))
+    path = saved(network, tmp_path / "x.keras")
+    assert opened(path).width == 3
+    rewritten(path, '"relu6"', '"layers.TFSMLayer"')
+    described = zipfile.ZipFile(path).read("config.json").decode()
+    assert "layers.TFSMLayer" in described
+    with pytest.raises(WeightsError):
+        opened(path)
+
+
+def test_flipped_byte_among_the_weights_is_named_without_a_traceback(tmp_path: Path) -> None:
+    path = saved(sequential(), tmp_path / "x.keras")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"model.weights.h5") + 3000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="is not a network that can be read"):
         opened(path)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 from engine.backbones.base import Backbone
 from engine.backbones.fetch import cache_folder
@@ -214,6 +216,79 @@ def test_initialisers_of_a_file_are_not_run(tmp_path: Path) -> None:
     module.table = table
     tf.saved_model.save(module, tmp_path / "m", signatures=module.function.get_concrete_function())
     assert opened(tmp_path / "m").width == 3
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """The same SavedModel after `change(meta graph, its restoring function)`."""
+    saved = saved_model_pb2.SavedModel()
+    saved.ParseFromString((folder / "saved_model.pb").read_bytes())
+    (meta_graph,) = saved.meta_graphs
+    restore = meta_graph.saver_def.restore_op_name.partition(":")[0]
+    (call,) = (node for node in meta_graph.graph_def.node if node.name == restore)
+    library = meta_graph.graph_def.library.function
+    (function,) = (one for one in library if one.signature.name == call.attr["f"].func.name)
+    change(meta_graph, function)
+    (folder / "saved_model.pb").write_bytes(saved.SerializeToString())
+
+
+def text_constant(function: Any, name: str, text: str) -> None:
+    node = function.node_def.add(name=name, op="Const")
+    node.attr["dtype"].type = tf.string.as_datatype_enum
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(text))
+
+
+def test_function_that_nobody_calls_cannot_take_the_place_of_one(tmp_path: Path) -> None:
+    """TensorFlow's optimizer swaps functions that say they implement the same."""
+    module, target = module_that(tf.no_op), tmp_path / "written by a network"
+    tf.saved_model.save(module, tmp_path / "m", signatures=module.function.get_concrete_function())
+
+    def add_a_writing_twin(meta_graph: Any, restoring: Any) -> None:
+        twin = meta_graph.graph_def.library.function.add()
+        twin.CopyFrom(restoring)
+        twin.signature.name = "twin"
+        text_constant(twin, "path", str(target))
+        text_constant(twin, "text", "x")
+        twin.node_def.add(name="write", op="WriteFile", input=["path:output:0", "text:output:0"])
+        twin.control_ret["write"] = "write"
+        twin.signature.control_output.append("write")
+        twin.signature.is_stateful = True
+        for function, device in ((restoring, b"GPU"), (twin, b"CPU")):
+            function.attr["api_implements"].s = b"restoring"
+            function.attr["api_preferred_device"].s = device
+        for node in meta_graph.graph_def.node:
+            if node.op == "StatefulPartitionedCall":
+                node.device = "/device:CPU:0"
+
+    rewritten(tmp_path / "m", add_a_writing_twin)
+    assert opened(tmp_path / "m").width == 3
+    assert not target.exists()
+
+
+def test_variables_come_from_the_checkpoint_beside_it_wherever_the_file_points(tmp_path: Path) -> None:
+    for name, factor in (("own", 2.0), ("other", 7.0)):
+        module = module_that(tf.no_op)
+        module.factor.assign(factor)
+        tf.saved_model.save(module, tmp_path / name, signatures=module.function.get_concrete_function())
+
+    def point_elsewhere(_: Any, restoring: Any) -> None:
+        text_constant(restoring, "elsewhere", str(tmp_path / "other/variables/variables"))
+        for node in restoring.node_def:
+            if node.op == "RestoreV2":
+                node.input[0] = "elsewhere:output:0"
+
+    rewritten(tmp_path / "own", point_elsewhere)
+    (factor,) = opened(tmp_path / "own").network.weights
+    assert float(factor.value) == 2.0
+
+
+def test_archive_that_claims_more_than_it_holds_is_not_unpacked(tmp_path: Path) -> None:
+    with (tmp_path / "saved_model.pb").open("wb") as file:
+        file.truncate(3 << 30)
+    command = ["tar", "--sparse", "-cf", str(tmp_path / "m.tar"), "-C", str(tmp_path), "saved_model.pb"]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "m.tar").stat().st_size < 1 << 20
+    with pytest.raises(WeightsError, match="which is not unpacked"):
+        opened(tmp_path / "m.tar")
 
 
 def test_what_is_not_there_is_said(hub: tuple[Path, HubModule], tmp_path: Path) -> None:
