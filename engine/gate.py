@@ -64,9 +64,10 @@ class GateConfig(Config):
     max_abstention_fraction: float | None = Field(0.5, ge=0, le=1)
     """Share of tonight's rows without a label; what is usual depends on `min_confidence`, and more than half is taken
     for a mistake."""
-    min_agreement: float | None = Field(0.95, ge=0, le=1)
-    """Share of the unchanged keys that have the label of the last night. The same bundle gives 1; two heads fitted on
-    rows of which nine tenths were the same gave 0.99, and on two halves 0.96."""
+    min_agreement: float | None = Field(None, ge=0, le=1)
+    """Share of the keys of replaced shards, of those that had a prediction before, which keep their label. Where a key
+    stays with its image the same bundle gives 1, and less says that images were changed under their keys; archives that
+    number their images anew leave it null."""
     min_rows: int = Field(200, ge=1)
     """Rows (of the night, of what it is compared with, or unchanged keys) below which none but the row accounting is
     judged: of 200 against 200 equally distributed rows one night in a hundred has a drift of 0.22."""
@@ -112,7 +113,7 @@ class Night:
         found: the prediction rows that wait to be published.
         rejects: samples of the night that became no embedding.
         abstained: rows without a label, since the best confidence was too low.
-        compared: keys with unchanged embeddings that had a prediction before.
+        compared: keys of replaced shards that had a prediction before.
         agreeing: those of them whose label, or lack of one, is the same.
         reference: what the bundle remembers; None: it was published without.
         last: what was published last; None: nothing.
@@ -193,14 +194,14 @@ class Verdict:
 
 
 _WAYS_OUT = {
-    ROW_ACCOUNTING: "run again, which makes the parts that are missing; `engine verify` names those that are not whole",
+    ROW_ACCOUNTING: "delete the folder held/ of the predictions and run again, which scores those parts anew",
     "max_reject_fraction": "the rejects/ folder of the embeddings says what is wrong with each sample",
     "max_drift_psi": "look at tonight's images (format, colours, size, camera): a head answers only for images like "
     "those it was fitted on, so label some of them and fit again",
     "max_outlier_fraction": "look at tonight's images that are farthest from all classes",
     "max_label_psi": "look at images of the classes that became more or fewer",
     "max_abstention_fraction": "look at images without a label; a lower min_confidence answers more of them",
-    "min_agreement": "compare the two bundles on labelled rows before the new one answers",
+    "min_agreement": "look whether replaced shards have other images under the same keys",
 }
 
 
@@ -332,10 +333,10 @@ def _agreement(night: Night, config: GateConfig) -> Rule:
     name, limit = "min_agreement", config.min_agreement
     if night.compared < config.min_rows:
         return _not_judged(
-            name, f"{night.compared:,} unchanged keys, fewer than min_rows {config.min_rows:,}"
+            name, f"{night.compared:,} keys of replaced shards, fewer than min_rows {config.min_rows:,}"
         )
     value = night.agreeing / night.compared
-    sentence = f"{value:.2%} of {night.compared:,} unchanged keys have the label of the last night"
+    sentence = f"{value:.2%} of {night.compared:,} keys of replaced shards keep their label"
     return _judged(name, value, limit, None if limit is None else value >= limit, sentence)
 
 

@@ -158,7 +158,10 @@ class Lease:
                 self._write(self._record.model_copy(update={"released": True}))
 
     def _renew_until_over(self) -> None:
-        while not self._over.wait(self._record.lifetime_s / RENEWALS_PER_LIFETIME) and not self.lost:
+        every_s = self._record.lifetime_s / RENEWALS_PER_LIFETIME
+        tried_at_s = self._renewed_at_s  # before it was taken: that may have been slow
+        while not self._over.wait(max(0.0, tried_at_s + every_s - _now_s())) and not self.lost:
+            tried_at_s = _now_s()
             try:
                 self._renew()
             except StorageError as error:  # after its retries; again until the lifetime is over

@@ -2,7 +2,8 @@
 
 Held parts lie in `<predictions>/held/`, under the paths that they will have in the table. Publishing copies each to its
 place and then removes it, so that what is left to publish is what is still held: a publishing that was killed goes on.
-Not for: judging a night (`engine.gate`), or scoring it.
+Parts that the gate refused are named in `held/refused.json`, and stay until a person publishes them: in the crowd of
+later nights they might pass. Not for: judging a night (`engine.gate`), or scoring it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from engine.tables import (
     DATA_FOLDER,
     PredictionPartFacts,
     list_parts,
+    part_names,
     read_embedding_facts,
     read_part,
     read_prediction_facts,
@@ -30,6 +32,7 @@ from engine.tables import (
 HELD_FOLDER = "held"
 NIGHTS_FOLDER = "nights/"
 READ_THREADS = 16  # footers of a few KiB: bound by the store's latency
+REFUSED = "refused.json"
 COMPARED_PARTS = 256  # of replaced shards: 262,144 rows tell a share of a thousandth from none
 
 
@@ -74,16 +77,37 @@ def held_store(table: Store) -> Store:
 
 
 def drop_stale(table: Store, wanted: set[PartName]) -> int:
-    """Remove held parts that the embeddings no longer call for, and copies without their part; how many parts."""
+    """Remove held parts that the embeddings no longer call for or that readers have already, and copies of no part; how
+    many parts."""
     store = held_store(table)
     names = {name for name, _ in list_parts(store)}
-    stale = names - wanted
+    stale = {name for name in names if name not in wanted} | (names & set(part_names(table)))
     for name in stale:
         store.delete(f"{DATA_FOLDER}{name}")
     for info, name in _copies(store):
-        if name not in names - stale:
+        if name in stale or name not in names | wanted:  # of one that is wanted the data may still come
             store.delete(info.path)
     return len(stale)
+
+
+def is_held_back(table: Store) -> bool:
+    """Whether any part is."""
+    return next(iter(list_parts(held_store(table))), None) is not None
+
+
+def refused(table: Store) -> dict[str, str]:
+    """Paths of the held parts that the gate refused, and the night in which it did."""
+    try:
+        found = json.loads(held_store(table).read(REFUSED))
+    except ObjectNotFound:
+        return {}
+    return {str(path): str(night) for path, night in found.items()}
+
+
+def refuse(table: Store, held: Sequence[Held], run_id: str) -> None:
+    """Keep these parts from being published by a later night."""
+    names = refused(table) | {part.info.path: run_id for part in held}
+    held_store(table).write(REFUSED, json.dumps(names, indent=1, sort_keys=True).encode())
 
 
 def held_parts(table: Store) -> list[Held]:
@@ -95,8 +119,13 @@ def held_parts(table: Store) -> list[Held]:
     return [Held(name, info, one) for (name, info), one in zip(listed, facts, strict=True)]
 
 
-def tally(table: Store, embeddings: Store, held: list[Held]) -> Tally:
+def tally(
+    table: Store, embeddings: Store, held: Sequence[Held], reference_sha256: str | None = None
+) -> Tally:
     """Add up what the held parts say of themselves, and what their embedding parts do.
+
+    Args:
+        reference_sha256: of what the bundle remembers now; counts that were made with another are left out.
 
     Raises:
         TableDamaged: a part was not made for this: it does not say what is in it.
@@ -112,7 +141,8 @@ def tally(table: Store, embeddings: Store, held: list[Held]) -> Tally:
                 way_out="delete the file and run `engine nightly` again",
             )
         labels.update(part.facts.answer_counts)
-        cosines = _added(cosines, part.facts.cosine_counts)
+        is_comparable = part.facts.reference_sha256 == reference_sha256
+        cosines = _added(cosines, part.facts.cosine_counts if is_comparable else None)
     compared, agreeing = _agreement(table, held)
     return Tally(
         parts=len(held),
@@ -128,25 +158,33 @@ def tally(table: Store, embeddings: Store, held: list[Held]) -> Tally:
     )
 
 
-def publish(table: Store, check: Callable[[], None] = lambda: None) -> int:
-    """Copy every held part to its place, copies for people first, then remove it; how many parts.
+def publish(table: Store, held: Sequence[Held], check: Callable[[], None] = lambda: None) -> int:
+    """Copy these held parts to their places, copies for people first, then remove them; how many parts.
 
     Args:
+        held: those that were judged; what came after is left.
         check: called before each step that readers see; what it raises ends the publishing where it is.
     """
     store = held_store(table)
-    listed = list(list_parts(store))
-    names = {name for name, _ in listed}
+    names = {part.name for part in held}
     copies = [info for info, name in _copies(store) if name in names]
-    for infos in (copies, [info for _, info in listed]):  # a part's data commits its copies
+    parts = [part.info for part in held]
+    for infos in (copies, parts):  # a part's data commits its copies
         check()
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(lambda info: table.copy(_seen_from_table(info), info.path), infos))
     check()
     with ThreadPoolExecutor(READ_THREADS) as pool:  # data first: a copy without it is nobody's
-        list(pool.map(lambda info: store.delete(info.path), [info for _, info in listed]))
+        list(pool.map(lambda info: store.delete(info.path), parts))
         list(pool.map(lambda info: store.delete(info.path), copies))
-    return len(listed)
+    left = {
+        path: night for path, night in refused(table).items() if path not in {info.path for info in parts}
+    }
+    if left:
+        store.write(REFUSED, json.dumps(left, indent=1, sort_keys=True).encode())
+    else:
+        store.delete(REFUSED)
+    return len(parts)
 
 
 def keep_night(table: Store, run_id: str, summary: Mapping[str, Any]) -> str:
@@ -163,7 +201,10 @@ def last_published(table: Store) -> dict[str, Any] | None:
             night = json.loads(table.read(path))
         except (ObjectNotFound, ValueError):
             continue  # somebody else's file, or gone meanwhile
-        if isinstance(night, dict) and night.get("published_rows"):
+        fields = ("published_rows", "answer_counts", "abstained")
+        if not isinstance(night, dict) or any(night.get(name) is None for name in fields):
+            continue
+        if night["published_rows"]:
             return night
     return None
 
@@ -193,7 +234,7 @@ def _copies(store: Store) -> Iterator[tuple[ObjectInfo, PartName]]:
             yield info, parsed[0]
 
 
-def _agreement(table: Store, held: list[Held]) -> tuple[int, int]:
+def _agreement(table: Store, held: Sequence[Held]) -> tuple[int, int]:
     """Of shards that were replaced: keys with a prediction then and now, and how many of them say the same."""
     names = {part.name for part in held}
     replaced = {part.name.path16 for part in held}

@@ -206,7 +206,7 @@ class PartScorer:
         )
         if place not in self._references:
             return facts
-        reference, cosine_counts = self._references[place], None
+        (reference, sha256), cosine_counts = self._references[place], None
         if reference is not None:
             cosines_N = reference.cosines(embeddings_matrix(embeddings["embedding"]))
             cosine_counts = tuple(reference.histogram(cosines_N).tolist())
@@ -214,7 +214,13 @@ class PartScorer:
         answers = counted.label_counts
         if "label" in predictions.column_names:
             answers = _value_counts(pc.list_element(predictions["top_labels"], 0))
-        return replace(facts, answer_counts=answers, abstained=counted.abstained, cosine_counts=cosine_counts)
+        return replace(
+            facts,
+            answer_counts=answers,
+            abstained=counted.abstained,
+            cosine_counts=cosine_counts,
+            reference_sha256=sha256,
+        )
 
     def _write(self, place: int, predictions: pa.Table, facts: PredictionPartFacts) -> int:
         """Write one prediction part; returns its bytes."""
@@ -225,8 +231,9 @@ class PartScorer:
         return write_prediction_part(self._tables[place], target, predictions, facts, also)
 
 
-def _reference(job: BundleJob, storage: StorageConfig) -> Reference | None:
-    return open_bundle(open_store(job.bundle_uri, storage), job.bundle_id).reference()
+def _reference(job: BundleJob, storage: StorageConfig) -> tuple[Reference | None, str | None]:
+    bundle = open_bundle(open_store(job.bundle_uri, storage), job.bundle_id)
+    return bundle.reference(), bundle.reference_sha256
 
 
 def _predictor(job: BundleJob, storage: StorageConfig) -> Predictor:

@@ -205,6 +205,7 @@ class PredictionPartFacts:
         abstained: rows without a label; None where nothing was counted.
         cosine_counts: rows by their nearness to what the bundle was fitted on, in the bins of its reference; None where
             nothing was counted, or the bundle has none.
+        reference_sha256: of that reference.
     """
 
     bundle: str
@@ -216,6 +217,7 @@ class PredictionPartFacts:
     answer_counts: dict[str, int] | None = None
     abstained: int | None = None
     cosine_counts: tuple[int, ...] | None = None
+    reference_sha256: str | None = None
 
 
 PartFacts = EmbeddingPartFacts | PredictionPartFacts

@@ -141,11 +141,19 @@ def nightly(
         ),
     ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="As of extract.")] = False,
+    prune_up_to: Annotated[int | None, typer.Option(metavar="N", min=0, help="As of extract.")] = None,
     plan: Plan = False,
     as_json: Json = False,
 ) -> None:
     """Extract what is new, score it, judge it, publish it; what looks wrong is held back, with exit code 3."""
-    _run_job("nightly", recipe, overrides, plan, as_json, {"publish": publish, "prune": prune})
+    _run_job(
+        "nightly",
+        recipe,
+        overrides,
+        plan,
+        as_json,
+        {"publish": publish, "prune": prune, "prune_up_to": prune_up_to},
+    )
 
 
 @app.command()

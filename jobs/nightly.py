@@ -7,17 +7,18 @@ Every step takes up what an earlier night left, so a night may be killed anywher
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
 from engine.config import Config
-from engine.errors import ContractMismatch, EngineError
+from engine.errors import EngineError, HeldBack, RecipeError
 from engine.gate import GateConfig
 from jobs.extract import ExtractRecipe
 from jobs.outcome import Outcome, new_run_id, say
@@ -25,8 +26,9 @@ from jobs.score import ScoredBundle, ScoreRecipe
 
 if TYPE_CHECKING:
     from engine.gate import Verdict
+    from engine.heads.bundle import Bundle
     from engine.lease import Lease
-    from engine.night import Tally
+    from engine.night import Held, Tally
     from engine.storage import Store
 
 LEASE_NAME = "_nightly"
@@ -89,13 +91,16 @@ class NightlyRecipe(ExtractRecipe):
         return ScoreRecipe.model_validate(fields)
 
 
-def run(recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False) -> Outcome:
+def run(
+    recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False, prune_up_to: int | None = None
+) -> Outcome:
     """One night.
 
     Args:
         publish: only publish what an earlier night held back: a person has looked at it.
-        prune: as of `extract`.
+        prune, prune_up_to: as of `extract`.
     """
+    _require_one_task(publish, prune, prune_up_to)
     from engine.lease import held_lease, this_run
     from engine.storage import open_store
 
@@ -112,23 +117,31 @@ def run(recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False) ->
         night = {"verb": "nightly", "run_id": run_id, "table": table.uri}
         if publish:
             return _published_by_hand(recipe, night, lease, started)
-        return _one_night(recipe, night, lease, started, prune)
+        return _one_night(recipe, night, lease, started, {"prune": prune, "prune_up_to": prune_up_to})
+
+
+def _require_one_task(publish: bool, prune: bool, prune_up_to: int | None) -> None:
+    if publish and (prune or prune_up_to is not None):
+        raise RecipeError(
+            "--publish: publishes what is held, and prunes nothing", way_out="leave --prune out"
+        )
 
 
 def _one_night(
-    recipe: NightlyRecipe, night: dict[str, Any], lease: Lease, started: float, prune: bool
+    recipe: NightlyRecipe, night: dict[str, Any], lease: Lease, started: float, pruning: dict[str, Any]
 ) -> Outcome:
     from jobs import extract, score
 
+    _require_bundles(recipe)
     seconds = recipe.budget.seconds(datetime.datetime.now())
     until = None if seconds is None else started + seconds
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
-    extracted = extract.run(recipe.extraction(), prune=prune, until=extract_until)
+    extracted = extract.run(recipe.extraction(), until=extract_until, **pruning)
     lease.check()
     scored = score.run(recipe.scoring(), held=True, until=until)
     lease.check()
     tables = [
-        _judged(recipe, wanted, told["bundle"], lease)
+        _judged(recipe, wanted, told["bundle"], lease, night)
         for wanted, told in zip(recipe.bundles, scored.summary["bundles"], strict=True)
     ]
     wanted = ("shards_total", "shards_skipped", "shards_done", "shards_failed", "failed_shards", "shards_left",
@@ -150,36 +163,61 @@ def _one_night(
     if left:
         say(f"the time is up: {extracted.summary['shards_left']:,} shards and {scored.summary['parts_left']:,} "
             f"parts are left for the next night")  # fmt: skip
-    verdicts = [verdict for _, verdict in tables]
-    return Outcome(summary, next(filter(None, [*verdicts, extracted.verdict]), None))
+    verdicts = [verdict for _, verdict in tables] + [extracted.verdict]
+    told = [verdict for verdict in verdicts if verdict is not None]
+    for other in told[1:]:  # the exit code is the first one's
+        say(f"error: {other}")
+    return Outcome(summary, told[0] if told else None)
+
+
+def _require_bundles(recipe: NightlyRecipe) -> None:
+    """Refuse what scoring would refuse, before hours of extraction.
+
+    Raises:
+        EngineError: no such bundle, of other embeddings or another contract, or a label map that does not fit.
+    """
+    from engine.decisions import decisions_of
+    from engine.heads.bundle import open_bundle
+    from engine.storage import open_store
+    from engine.tables import read_record
+    from jobs import score
+
+    for wanted in recipe.bundles:
+        bundle = open_bundle(open_store(wanted.uri, recipe.storage))
+        decisions_of(wanted.output, bundle.manifest.classes, recipe.storage, wanted.uri)
+    if read_record(open_store(recipe.output.uri, recipe.storage), "embeddings") is not None:
+        score.plan(recipe.scoring(), held=True)
 
 
 def _judged(
-    recipe: NightlyRecipe, wanted: ScoredBundle, bundle_id: str, lease: Lease
+    recipe: NightlyRecipe,
+    wanted: ScoredBundle,
+    bundle_id: str,
+    lease: Lease,
+    facts_of_night: Mapping[str, Any],
 ) -> tuple[dict[str, Any], EngineError | None]:
-    """Judge what is held for one table, and publish it if the gate says so."""
+    """Judge what this night holds for one table, and publish it if the gate says so; what an earlier one was refused
+    stays held."""
     from engine import night
+    from engine.heads.bundle import open_bundle
     from engine.storage import open_store
     from engine.tables import sweep_predictions
     from jobs.score import wanted_now
 
     table = open_store(wanted.output.uri, recipe.storage)
     embeddings = open_store(recipe.output.uri, recipe.storage)
+    bundle = open_bundle(open_store(wanted.uri, recipe.storage), bundle_id)
+    sweep_predictions(table, lambda: wanted_now(embeddings))  # a publishing may have been killed before it
     if stale := night.drop_stale(table, wanted_now(embeddings)):
-        say(f"removed {stale:,} held parts of rewritten embeddings")
-    held = night.held_parts(table)
-    if others := {part.facts.bundle for part in held} - {bundle_id}:
-        raise ContractMismatch(
-            f"{night.held_store(table).uri}: holds predictions of another bundle",
-            found=", ".join(sorted(others)),
-            wanted=bundle_id,
-            way_out="publish them with the recipe of that bundle (`engine nightly --publish`), or delete the folder",
-        )
-    found = night.tally(table, embeddings, held)
+        say(f"removed {stale:,} held parts that are rewritten or published")
+    held, refused = night.held_parts(table), night.refused(table)
+    tonight = [part for part in held if part.info.path not in refused]
+    found = night.tally(table, embeddings, tonight, bundle.reference_sha256)
     facts: dict[str, Any] = {
         "table": table.uri,
         "bundle": bundle_id,
         "held_parts": len(held),
+        "refused_parts": len(held) - len(tonight),
         "published_parts": 0,
         "published_rows": 0,
         "rows": found.rows,
@@ -187,39 +225,56 @@ def _judged(
         "abstained": found.abstained,
         "gate": None,
     }
-    if not held:
-        sweep_predictions(table, lambda: wanted_now(embeddings))
-        return facts, None
-    verdict = _verdict(recipe, table, wanted, found)
-    facts["gate"] = verdict.to_json()
-    say(f"{table.uri}: {verdict.in_words()}")
-    if not verdict.passes:
-        return facts, verdict.error(table.uri)
-    published = night.publish(table, lease.check)
+    broken = None
+    if tonight:
+        verdict = _verdict(recipe, table, wanted, bundle, found)
+        facts["gate"] = verdict.to_json()
+        say(f"{table.uri}: {verdict.in_words()}")
+        broken = verdict.error(table.uri)
+        if broken is not None:
+            night.refuse(table, tonight, facts_of_night["run_id"])
+            facts["refused_parts"] = len(held)
+        else:
+            facts["published_parts"] = night.publish(table, tonight, lease.check)
+            facts |= {"published_rows": found.rows, "held_parts": len(held) - len(tonight)}
+    night.keep_night(
+        table, facts_of_night["run_id"], {**facts_of_night, **facts}
+    )  # at once: the next one goes by it
     sweep_predictions(table, lambda: wanted_now(embeddings))
-    return facts | {"published_parts": published, "published_rows": found.rows, "held_parts": 0}, None
+    return facts, broken or _still_held(table, held, refused)
 
 
-def _verdict(recipe: NightlyRecipe, table: Store, wanted: ScoredBundle, found: Tally) -> Verdict:
-    """Hold what is held against the bundle's reference and the last night that was published."""
+def _still_held(table: Store, held: Sequence[Held], refused: Mapping[str, str]) -> HeldBack | None:
+    """Nobody has looked at what an earlier night was refused."""
+    nights = sorted({refused[part.info.path] for part in held if part.info.path in refused})
+    if not nights:
+        return None
+    return HeldBack(
+        f"{table.uri}: {len(refused):,} parts of earlier nights are still held back",
+        found=f"refused in {', '.join(nights[-3:])} (nights/ of the predictions says why)",
+        way_out="publish them (--publish) if they are as they should be, or delete held/ and they are scored again",
+    )
+
+
+def _verdict(
+    recipe: NightlyRecipe, table: Store, wanted: ScoredBundle, bundle: Bundle, found: Tally
+) -> Verdict:
+    """Hold the night against the bundle's reference and the last night that was published."""
     from engine.decisions import decisions_of
     from engine.gate import Night, Population, judge
-    from engine.heads.bundle import open_bundle
     from engine.night import last_published
-    from engine.storage import open_store
 
-    bundle = open_bundle(open_store(wanted.uri, recipe.storage))
     several = bundle.manifest.task == "multi_label"
-    reference = None
-    if (remembered := bundle.reference()) is not None:
+    reference, remembered = None, bundle.reference()
+    if remembered is not None:
         classes = bundle.manifest.classes
+        decided = decisions_of(wanted.output, classes, recipe.storage, wanted.uri)
         labels = Counter[str]()  # as the table calls them
-        for name, label in zip(
-            classes, decisions_of(wanted.output, classes, recipe.storage, wanted.uri).labels, strict=True
-        ):
-            labels[label] += remembered.label_mix(classes)[name]
-        cosines = remembered.cosine_counts.tolist()
-        reference = Population(remembered.rows, labels, remembered.unlabelled, cosines)
+        for label, rows in zip(decided.labels, remembered.label_mix(classes).values(), strict=True):
+            labels[label] += rows
+        if several and any(decided.min_confidences):
+            labels.clear()  # the bundle gives labels by its thresholds alone, the table by a floor, too
+        reference = dataclasses.replace(Population.remembered(remembered, classes), labels=labels)
     before, last = last_published(table), None
     if before is not None:
         unlabelled = before["abstained"] if several else 0
@@ -255,12 +310,12 @@ def _published_by_hand(
         night.drop_stale(table, wanted_now(embeddings))
         held = night.held_parts(table)
         found = night.tally(table, embeddings, held)
-        published = night.publish(table, lease.check)
+        facts: dict[str, Any] = {"table": table.uri, "held_parts": 0, "by_hand": True}
+        facts |= {"published_parts": night.publish(table, held, lease.check), "published_rows": found.rows}
+        facts |= {"answer_counts": found.answer_counts, "abstained": found.abstained}
+        night.keep_night(table, night_facts["run_id"], {**night_facts, **facts})
         sweep_predictions(table, lambda: wanted_now(embeddings))
-        facts = {"table": table.uri, "published_parts": published, "published_rows": found.rows}
-        tables.append(
-            {**facts, "held_parts": 0, "answer_counts": found.answer_counts, "abstained": found.abstained}
-        )
+        tables.append(facts)
     summary = {
         **night_facts,
         "tables": tables,
@@ -283,20 +338,24 @@ def _keep(recipe: NightlyRecipe, summary: Mapping[str, Any]) -> None:
         keep_night(open_store(facts["table"], recipe.storage), summary["run_id"], of_table)
 
 
-def plan(recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False) -> dict[str, Any]:
+def plan(
+    recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False, prune_up_to: int | None = None
+) -> dict[str, Any]:
     """What a night would do, from validation and listings alone; touches nothing."""
     from engine.night import held_store
     from engine.storage import open_store
     from engine.tables import part_names, read_record
     from jobs import extract, score
 
+    _require_one_task(publish, prune, prune_up_to)
     facts: dict[str, Any] = {"verb": "nightly"}
     if not publish:
-        found = extract.plan(recipe.extraction(), prune=prune)
+        _require_bundles(recipe)
+        found = extract.plan(recipe.extraction(), prune=prune, prune_up_to=prune_up_to)
         facts |= {name: value for name, value in found.items() if name not in ("verb", "table_exists")}
         facts["seconds_at_most"] = recipe.budget.seconds(datetime.datetime.now())
         if read_record(open_store(recipe.output.uri, recipe.storage), "embeddings") is not None:
-            facts["parts_to_score_now"] = score.plan(recipe.scoring())["parts_pending"]
+            facts["parts_to_score_now"] = score.plan(recipe.scoring(), held=True)["parts_pending"]
     counts = Counter[str]()
     for wanted in recipe.bundles:
         held = held_store(open_store(wanted.output.uri, recipe.storage))

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 from engine import __version__
 from engine.config import Config
 from engine.decisions import PredictionOutput
+from engine.errors import HeldBack
 from engine.storage import StorageConfig, Uri
 from jobs.fit import EmbeddingInput, require_columns
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
@@ -176,9 +177,9 @@ def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda of_label: -of_label[1]))
 
 
-def plan(recipe: ScoreRecipe) -> dict[str, Any]:
+def plan(recipe: ScoreRecipe, *, held: bool = False) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing."""
-    look = _look(recipe)
+    look = _look(recipe, held)
     pending = look.pending()
     facts: dict[str, Any] = {"verb": "score", "embeddings": look.embeddings.store.uri}
     for place, job in enumerate(look.bundles):
@@ -198,7 +199,7 @@ def plan(recipe: ScoreRecipe) -> dict[str, Any]:
 
 def _look(recipe: ScoreRecipe, held: bool = False) -> _Look:
     """Listings, records and the bundles' manifests; refuses what does not belong together."""
-    from engine.night import HELD_FOLDER
+    from engine.night import HELD_FOLDER, is_held_back
     from engine.storage import open_store
     from engine.tables import open_table, part_names, read_record
 
@@ -212,6 +213,11 @@ def _look(recipe: ScoreRecipe, held: bool = False) -> _Look:
         bundles = tuple(
             dataclasses.replace(job, table_uri=store.uri, counts_in_footers=True)
             for job, store in zip(bundles, beside, strict=True)
+        )
+    elif found := [table.uri for table in tables if is_held_back(table)]:
+        raise HeldBack(
+            f"{found[0]}: predictions are held back here, which scoring would show to readers",
+            way_out="publish them (`engine nightly --publish`), or delete the folder held/",
         )
     look = _Look(embeddings, bundles, tables, tuple(scored))
     for bundle, table in zip(bundles, tables, strict=True):

@@ -37,12 +37,17 @@ from engine.storage import StorageConfig
 
 REFERENCE = Population(1000, {"ant": 500, "bee": 300, "cat": 200}, cosines=[10] * 100)
 FOUND = Population(2000, {"ant": 1000, "bee": 600, "cat": 400}, cosines=[20] * 100)
+ALL_RULES = GateConfig(min_agreement=0.95)
 USUAL = Night(2000, FOUND, rejects=7, abstained=41, compared=300, agreeing=297, reference=REFERENCE)
 
 
 def rule(name: str, night: Night, **limits: Any) -> Rule:
     """One rule of the verdict."""
-    return next(rule for rule in judge(night, GateConfig(**limits)).rules if rule.name == name)
+    return next(
+        rule
+        for rule in judge(night, GateConfig(**{"min_agreement": 0.95, **limits})).rules
+        if rule.name == name
+    )
 
 
 def with_found(**changes: Any) -> Night:
@@ -51,7 +56,7 @@ def with_found(**changes: Any) -> Night:
 
 
 def test_a_usual_night_passes_by_seven_rules() -> None:
-    verdict = judge(USUAL, GateConfig())
+    verdict = judge(USUAL, ALL_RULES)
     assert verdict.passes and verdict.error("s3://a/predictions") is None
     assert [(one.name, one.holds) for one in verdict.rules] == [
         ("row_accounting", True),
@@ -105,7 +110,7 @@ def test_what_chance_alone_gives_is_what_samples_of_one_population_have(expected
     )
     found = [population_stability_index(before.tolist(), now.tolist()) for before, now in drawn]
     assert index_by_chance(10, expected, actual, 0.01) == pytest.approx(np.quantile(found, 0.99), rel=0.1)
-    assert np.quantile(found, 0.99) < GateConfig().max_drift_psi, "so min_rows is enough"
+    assert np.quantile(found, 0.99) < ALL_RULES.max_drift_psi, "so min_rows is enough"
     assert np.mean(np.array(found) > index_by_chance(10, expected, actual)) < 0.003
     assert index_by_chance(1, expected, actual) == 0
 
@@ -217,11 +222,11 @@ def test_on_few_rows_only_the_accounting_is_judged() -> None:
         compared=199,
         reference=REFERENCE,
     )
-    verdict = judge(strange, GateConfig())
+    verdict = judge(strange, ALL_RULES)
     assert verdict.passes
     assert [one.name for one in verdict.rules if one.holds is not None] == ["row_accounting"]
     assert "199 rows tonight, fewer than min_rows 200" in verdict.in_words()
-    broken = judge(strange, GateConfig(min_rows=199)).broken
+    broken = judge(strange, GateConfig(min_rows=199, min_agreement=0.95)).broken
     assert [one.name for one in broken] == [
         "max_drift_psi",
         "max_outlier_fraction",
@@ -234,8 +239,8 @@ def test_on_few_rows_only_the_accounting_is_judged() -> None:
 
 
 def test_nothing_new_and_a_bundle_without_a_memory_pass() -> None:
-    assert judge(Night(0, Population(0, {})), GateConfig()).passes
-    verdict = judge(replace(USUAL, reference=None), GateConfig())
+    assert judge(Night(0, Population(0, {})), ALL_RULES).passes
+    verdict = judge(replace(USUAL, reference=None), ALL_RULES)
     assert verdict.passes
     unjudged = [one.name for one in verdict.rules if one.holds is None]
     assert unjudged == ["max_drift_psi", "max_outlier_fraction", "max_label_psi"]
@@ -257,22 +262,22 @@ def test_what_a_bundle_remembers_too_badly_is_not_judged() -> None:
 
 def test_what_is_held_back_says_what_was_found_what_was_wanted_and_what_to_do() -> None:
     night = replace(USUAL, expected_rows=2048, rejects=100)
-    error = judge(night, GateConfig()).error("s3://a/predictions")
+    error = judge(night, ALL_RULES).error("s3://a/predictions")
     assert isinstance(error, HeldBack) and error.exit_code == 3
     assert str(error).splitlines() == [
         "s3://a/predictions: the night was held back, what was published stays",
         "  found:   2,000 rows are predicted, the embedding parts have 2,048; 4.66% of 2,148 samples are rejects",
         "  wanted:  one prediction for each embedding, at most 0.01 (gate.max_reject_fraction)",
-        "  way out: run again, which makes the parts that are missing; `engine verify` names those that are not whole; "
+        "  way out: delete the folder held/ of the predictions and run again, which scores those parts anew; "
         "the rejects/ folder of the embeddings says what is wrong with each sample; if that is as it should be, "
         "publish the night as it is (--publish) or change gate.max_reject_fraction",
     ]
-    assert "  BROKEN      max_reject_fraction: 4.66% of 2,148" in judge(night, GateConfig()).in_words()
+    assert "  BROKEN      max_reject_fraction: 4.66% of 2,148" in judge(night, ALL_RULES).in_words()
 
 
 def test_cosines_in_other_bins_and_limits_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="cosines in 40 bins, wanted 100"):
-        judge(with_found(cosines=[50] * 40), GateConfig())
+        judge(with_found(cosines=[50] * 40), ALL_RULES)
     with pytest.raises(RecipeError, match="max_drift_psi"):
         check_recipe(GateConfig, {"max_drift_psi": -1})
     assert all(field.description for field in GateConfig.model_fields.values())
@@ -353,7 +358,7 @@ def verdict_of(changed: Callable[[Image.Image], Image.Image]) -> Verdict:
         cosines=reference.histogram(reference.cosines(embeddings_ND)).tolist(),
     )
     before = Population.remembered(reference, names)
-    verdict = judge(Night(TONIGHT, found, reference=before), GateConfig())
+    verdict = judge(Night(TONIGHT, found, reference=before), ALL_RULES)
     print({one.name: round(one.value, 3) for one in verdict.rules if one.value is not None})
     return verdict
 

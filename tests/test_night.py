@@ -97,14 +97,14 @@ def test_publishing_that_is_killed_goes_on(folder: Path, checks: int) -> None:
         left.pop()
 
     with pytest.raises(_Killed):
-        night.publish(table, check)
+        night.publish(table, night.held_parts(table), check)
     assert len(files(folder / "labels", "also")) == (12 if checks else 0)
     assert len(files(folder / "labels", "data")) == (6 if checks == 2 else 0)
     assert files(folder / "labels/held", "data", "also") == held
-    assert night.publish(table) == 6
+    assert night.publish(table, night.held_parts(table)) == 6
     assert files(folder / "labels", "data", "also") == held
     assert not files(folder / "labels/held", "data", "also")
-    assert night.publish(table) == 0
+    assert night.publish(table, night.held_parts(table)) == 0
 
 
 def test_held_parts_of_rewritten_embeddings_and_lone_copies_go(folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_held_parts_of_rewritten_embeddings_and_lone_copies_go(folder: Path) -> 
 
 def test_keys_of_a_replaced_shard_are_compared_with_what_they_were(folder: Path) -> None:
     table, embeddings = tables(folder)
-    night.publish(table)
+    night.publish(table, night.held_parts(table))
     changed = embeddings_of("b.tar", 29)[:17]
     changed[:5] = -changed[:5]
     write_part(embeddings, "b.tar", 0, False, 0, changed)
@@ -149,11 +149,34 @@ def test_the_last_night_that_published_is_found_among_others(folder: Path) -> No
     table, _ = tables(folder)
     assert night.last_published(table) is None
     nights: list[tuple[str, dict[str, Any]]] = [
-        ("nightly-20260101T010101Z-aaaa", {"published_rows": 5}),
-        ("nightly-20260102T010101Z-aaaa", {"published_rows": 7}),
-        ("nightly-20260103T010101Z-aaaa", {"published_rows": 0}),
+        ("nightly-20260101T010101Z-aaaa", {"published_rows": 5, "answer_counts": {"ant": 5}, "abstained": 0}),
+        ("nightly-20260102T010101Z-aaaa", {"published_rows": 7, "answer_counts": {"ant": 7}, "abstained": 1}),
+        ("nightly-20260103T010101Z-aaaa", {"published_rows": 0, "answer_counts": {}, "abstained": 0}),
+        ("nightly-20260104T010101Z-aaaa", {"published_rows": 3}),
     ]
     for run_id, summary in nights:
         night.keep_night(table, run_id, summary)
     table.write("nights/readme.txt", b"not ours")
-    assert night.last_published(table) == {"published_rows": 7}
+    assert night.last_published(table) == nights[1][1]
+
+
+def test_what_was_refused_is_known_until_it_is_published(folder: Path) -> None:
+    table, _ = tables(folder)
+    first, *others = night.held_parts(table)
+    night.refuse(table, [first], "night-1")
+    night.refuse(table, others[:2], "night-2")
+    assert Counter(night.refused(table).values()) == {"night-1": 1, "night-2": 2}
+    assert night.publish(table, [first, *others[2:]]) == 4
+    assert set(night.refused(table).values()) == {"night-2"}
+    assert night.publish(table, others[:2]) == 2
+    assert night.refused(table) == {}
+    assert not (folder / "labels/held/refused.json").exists()
+
+
+def test_part_that_came_after_the_judgement_is_not_published(folder: Path) -> None:
+    table, _ = tables(folder)
+    judged = night.held_parts(table)[1:]
+    assert night.publish(table, judged) == 5
+    assert len(files(folder / "labels", "data")) == 5
+    assert len(files(folder / "labels/held", "data")) == 1
+    assert len(files(folder / "labels/held", "also")) == 2

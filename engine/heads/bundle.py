@@ -201,6 +201,12 @@ class Bundle:
             return None
         return Reference.from_bytes(self.read("reference"))
 
+    @property
+    def reference_sha256(self) -> str | None:
+        """Of that; None where there is none."""
+        file = self.manifest.files.get("reference")
+        return file.sha256 if file else None
+
     def side_encoder(self) -> SideEncoder | None:
         """What turns columns of a table into numbers; None where the head takes embeddings alone.
 

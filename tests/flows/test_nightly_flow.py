@@ -28,7 +28,7 @@ output:   {{uri: "{folder}/embeddings", rows_per_part: 64}}
 """
 MORE = """
 bundles:  [{{uri: "{folder}/bundle", output: {{uri: "{folder}/labels", top_k: 2, also: [jsonl]}}}}]
-gate:     {{min_rows: 40}}
+gate:     {{min_rows: 40, min_agreement: 0.95}}
 """
 FIT = """
 embeddings: {{uri: "{folder}/embeddings"}}
@@ -86,7 +86,7 @@ def published_files(folder: Path) -> dict[str, int]:
     }
 
 
-def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:
+def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # noqa: PLR0915 (nights on end)
     # The first: everything is new.
     first = night()
     assert first.code == 0, first.stderr
@@ -135,7 +135,20 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:
         assert (third.summary["published_parts"], third.summary["held_parts"]) == (0, 2)
         assert "--publish" in third.stderr
         assert published_files(tmp_path) == files
-    assert not third.summary["tables"][0]["gate"]["passes"]
+    assert third.summary["tables"][0]["gate"] is None, "nothing new: it was judged the first time"
+    assert third.summary["tables"][0]["refused_parts"] == 2
+
+    # A good night after a bad one is published; the bad one waits for a person.
+    put(tmp_path, "6.tar", shard_bytes(12 * ROWS, ROWS))
+    fourth = night()
+    assert (fourth.code, fourth.summary["published_parts"], fourth.summary["held_parts"]) == (3, 2, 2)
+    assert "still held back" in fourth.stderr
+    assert "5.tar" not in table_of(tmp_path)["shard"].to_pylist()
+    text = f'embeddings: {{uri: "{tmp_path}/embeddings"}}\nbundles: [{{uri: "{tmp_path}/bundle", output: '
+    scored = write_recipe(
+        tmp_path, "over.yaml", text + f'{{uri: "{tmp_path}/labels", top_k: 2, also: [jsonl]}}}}]\n'
+    )
+    assert engine("score", scored).code == 3, "scoring would show it"
     approved = night("--publish")
     assert (approved.code, approved.summary["published_parts"]) == (0, 2), approved.stderr
     assert night().code == 0
