@@ -107,6 +107,23 @@ def test_publishing_that_is_killed_goes_on(folder: Path, checks: int) -> None:
     assert night.publish(table, night.held_parts(table)) == 0
 
 
+def test_a_night_is_published_within_an_object_store(
+    folder: Path, s3_uri: str, s3_config: StorageConfig
+) -> None:
+    held = files(folder / "labels/held", "data", "also")
+    table = open_store(f"{s3_uri}/labels", s3_config)
+    for path, content in held.items():
+        table.write(f"held/{path}", content)
+    parts = night.held_parts(table)
+    found = night.tally(table, tables(folder)[1], parts)
+    assert (found.parts, found.rows) == (6, 77)
+    night.refuse(table, parts[:2], "night-1")
+    assert night.publish(table, parts[2:]) == 4
+    assert set(night.refused(table)) == {part.info.path for part in parts[:2]}
+    assert night.publish(table, parts[:2]) == 2
+    assert {info.path: table.read(info.path) for info in table.list()} == held
+
+
 def test_held_parts_of_rewritten_embeddings_and_lone_copies_go(folder: Path) -> None:
     table, embeddings = tables(folder)
     write_part(embeddings, "c.tar", 0, True, 0, -embeddings_of("c.tar", 7))
