@@ -280,15 +280,14 @@ def _require_columns(recipe: FinetuneRecipe) -> None:
     Raises:
         LabelError: with what there is.
     """
-    if recipe.labels.uri is not None:
-        return  # it is read by the workers
     columns = list(recipe.source.metadata_columns()) + (["label"] if recipe.source.label is not None else [])
-    split = recipe.split
-    for field, name in (
-        ("labels.label", recipe.labels.label),
+    split, labels = recipe.split, recipe.labels
+    wanted = [
+        ("labels.label", labels.label),
         ("split.column", split.column),
         ("split.group", split.group),
-    ):
+    ]
+    for field, name in wanted if labels.uri is None else [("labels.otherwise", labels.otherwise)]:
         if name is not None and name not in columns:
             raise LabelError(
                 f"{field}: the images have no {name!r}",

@@ -185,7 +185,10 @@ def _look(recipe: FitRecipe) -> tuple[Table, list[str]]:
     else:  # what is not here must be in the label file
         wanted += side_columns(recipe.side_features)
         columns += [name for name in wanted if name in there]
-    require_columns(table, columns, "labels.label, split.column, split.group or side_features")
+        columns += [recipe.labels.otherwise] if recipe.labels.otherwise else []
+    require_columns(
+        table, columns, "labels.label, labels.otherwise, split.column, split.group or side_features"
+    )
     return table, list(dict.fromkeys(columns))
 
 

@@ -21,22 +21,31 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 class LabelsConfig(Config):
-    """Where the labels are. They join on the key; where keys repeat across shards, on shard and key."""
+    """Where the labels are. They join on the key; where keys repeat across shards, on shard and key (and index)."""
 
     uri: Uri | None = None
     """A .csv (UTF-8, header line, comma) or .parquet file of labels, on any storage. null: a column of the
     embedding table itself."""
     key: str = Field(default="key", min_length=1)
     """Column of the label file that holds the sample's key. Beside it a column `shard` (path relative to the
-    source) is used where keys repeat."""
+    source) is used where keys repeat, and `index` (position in the shard) where they repeat within one."""
     label: str = Field(default="label", min_length=1)
     """Column (of the label file, or of the table where uri is null) that holds the label. Empty: no label. With several
     labels for a row: a list of texts (an empty one says that there are none), or texts; lines of one key add up."""
+    otherwise: str | None = Field(default=None, min_length=1)
+    """Column of the embedding table (of the images, when a backbone is trained) with the labels of rows to which the
+    file gives none: so answers to a review are added to the labels that there are. null: such rows have no label."""
     conflicts: Literal["refuse", "leave_out"] = "refuse"
     """What becomes of keys to which lines of the label file give different labels; left out, they are counted and
     listed in metrics.json, like labels of unknown keys and rows without a label."""
     separator: str | None = Field(default=None, min_length=1)
     """What stands between the labels of a row where they are one text, e.g. "|"; only with several labels for a row."""
+
+    @model_validator(mode="after")
+    def _otherwise_than_a_file(self) -> Self:
+        if self.otherwise is not None and self.uri is None:
+            raise ValueError("otherwise: there is no label file; `label` names the column of the table")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

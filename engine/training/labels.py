@@ -91,7 +91,7 @@ def join_labels(
     several: bool = False,
     loose: Collection[str] = (),
 ) -> LabelledRows:
-    """Find each row's label, in the table itself or in a file keyed by `key` (or `shard` and `key`).
+    """Find each row's label, in the table itself or in a file keyed by `key` (and `shard` and `index`).
 
     Args:
         several: a row may have any number of labels; each text is then as `label_set` takes apart.
@@ -176,13 +176,15 @@ def _from_file(
     }
     if "shard" in file.column_names:
         texts["shard"] = _text_column(file, "shard", config.uri)
+        if "index" in file.column_names and _is_text_or_whole(file["index"].type):
+            texts["index"] = _text_column(file, "index", config.uri)
     given = pa.table(texts)
     given = given.filter(
         pc.and_(pc.fill_null(pc.not_equal(given["label"], ""), False), pc.is_valid(given["key"]))
     )
-    by_shard = _joins_by_shard(table, given, config.uri)
-    row_ids = _ids(table, by_shard)
-    given = given.append_column("id", _ids(given, by_shard))
+    joined = _joined_on(table, given, config.uri)
+    row_ids = _ids(table, joined)
+    given = given.append_column("id", _ids(given, joined))
     given = _added_up(given) if several else given
     conflicting = (
         _with_several_labels(given) if config.conflicts == "leave_out" else pa.array([], pa.string())
@@ -197,7 +199,16 @@ def _from_file(
         else _text_column(table, name, f"{config.uri} and embedding table")
         for name in columns
     }
-    return one_each["label"].take(places), values, _Ignored(_shown(unknown), _shown(conflicting))
+    labels = one_each["label"].take(places)
+    if config.otherwise is not None:
+        there = _labels_column(
+            table, config.model_copy(update={"label": config.otherwise}), "embedding table", several
+        )
+        is_open = pc.invert(
+            pc.is_in(row_ids, conflicting)
+        )  # else the table would settle what the file leaves open
+        labels = pc.coalesce(labels, pc.if_else(is_open, there, pa.scalar(None, pa.string())))
+    return labels, values, _Ignored(_shown(unknown), _shown(conflicting))
 
 
 def label_set(text: str) -> tuple[str, ...]:
@@ -321,7 +332,7 @@ def _text_column(table: pa.Table, name: str, origin: str) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    if not _is_text_or_whole(kind):
         raise LabelError(
             f"{origin}: column {name!r} is not text",
             found=str(kind),
@@ -331,38 +342,46 @@ def _text_column(table: pa.Table, name: str, origin: str) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
-def _joins_by_shard(table: pa.Table, given: pa.Table, uri: str) -> bool:
-    """Whether rows are told apart by shard and key, because a key alone would be ambiguous."""
+def _is_text_or_whole(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
+
+
+def _joined_on(table: pa.Table, given: pa.Table, uri: str) -> tuple[str, ...]:
+    """The columns that tell rows apart: the key, with the shard where a key alone would be ambiguous, and with the
+    position in the shard where that is so within one."""
     has_shard = "shard" in given.column_names
     repeated = _repeated(table["key"])
     if not repeated:
-        return has_shard and bool(_repeated(given["key"]))
+        return ("shard", "key") if has_shard and _repeated(given["key"]) else ("key",)
     if not has_shard:
         raise LabelError(
             f"labels.uri {uri}: keys repeat across the shards of the embedding table, so a key alone is ambiguous",
             found=f"for example {', '.join(repeated[:EXAMPLES])}",
             wanted="a column `shard` in the label file (the shard's path relative to the source)",
         )
-    twice = _repeated(_ids(table, by_shard=True))
-    if twice:
-        shown = ", ".join(text.replace("\0", " of shard ", 1) for text in _keys_first(twice[:EXAMPLES]))
-        raise LabelError(
-            f"labels.uri {uri}: keys repeat within one shard, so a label cannot say which row it means",
-            found=f"for example {shown}",
-            way_out="label these rows in the shard itself (labels.uri: null), or make the keys unique",
-        )
-    return True
+    twice = _repeated(_ids(table, ("shard", "key")))
+    if not twice:
+        return ("shard", "key")
+    if "index" in given.column_names and "index" in table.column_names:
+        return ("shard", "key", "index")
+    shown = ", ".join(text.replace("\0", " of shard ", 1) for text in _keys_first(twice[:EXAMPLES]))
+    raise LabelError(
+        f"labels.uri {uri}: keys repeat within one shard, so a label cannot say which row it means",
+        found=f"for example {shown}",
+        wanted="a column `index` in the label file (the position in the shard)",
+        way_out="add it, label these rows in the shard itself (labels.uri: null), or make the keys unique",
+    )
 
 
 def _keys_first(ids: Sequence[str]) -> list[str]:
     return ["\0".join(reversed(text.split("\0", 1))) for text in ids]
 
 
-def _ids(table: pa.Table, by_shard: bool) -> pa.ChunkedArray:
-    """What a label is joined on: the key, or shard and key with a NUL between (no object name holds one)."""
-    if not by_shard:
+def _ids(table: pa.Table, columns: tuple[str, ...]) -> pa.ChunkedArray:
+    """What a label is joined on: texts with a NUL between (no object name holds one)."""
+    if columns == ("key",):
         return table["key"]
-    return pc.binary_join_element_wise(table["shard"], table["key"], "\0")
+    return pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in columns), "\0")
 
 
 def _repeated(texts: pa.ChunkedArray) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
@@ -145,6 +146,56 @@ def test_keys_that_repeat_within_a_shard_are_refused(tmp_path: Path) -> None:
     table = embedding_table(["1", "1", "2"])
     with pytest.raises(LabelError, match=r"(?s)repeat within one shard.*1 of shard a.tar"):
         join_csv(tmp_path, "shard,key,label\na.tar,1,x\na.tar,2,y\n", table)
+
+
+def test_keys_that_repeat_within_a_shard_are_told_apart_by_their_position(tmp_path: Path) -> None:
+    table = embedding_table(["1", "1", "2", "1"], ["a.tar", "a.tar", "a.tar", "b.tar"])
+    text = "shard,key,index,label\na.tar,1,1,x\na.tar,2,2,y\nb.tar,1,3,z\na.tar,2,0,moved\n"
+    labelled = join_csv(tmp_path, text, table)
+    assert (labelled.positions_N.tolist(), labelled.labels) == ([1, 2, 3], ["x", "y", "z"])
+    assert labelled.counts.unknown_examples == ("a.tar/2/0",), "another key stands at that position"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_without_an_answer_are_no_labels(tmp_path: Path, kind: str) -> None:
+    rows = pa.table(
+        {
+            "key": ["a", "b", "c"],
+            "shard": ["a.tar"] * 3,
+            "index": [0, 1, 2],
+            "label": ["cat", "dog", None],
+            "answer": pa.array(["dog", None, ""], pa.string()),
+        }
+    )
+    path = tmp_path / f"queue.{kind}"
+    write = pyarrow.csv.write_csv if kind == "csv" else pyarrow.parquet.write_table
+    write(rows, path)
+    config = LabelsConfig(uri=str(path), label="answer")
+    labelled = join_labels(embedding_table(["a", "b", "c"]), config, (), STORAGE)
+    assert (labelled.keys, labelled.labels, labelled.counts.unlabelled) == (["a"], ["dog"], 2)
+
+
+def test_rows_that_the_file_says_nothing_of_have_the_label_of_the_table_where_that_is_wished(
+    tmp_path: Path,
+) -> None:
+    table = embedding_table(list("abcde"), label=["cat", "cat", None, "dog", "dog"])
+    text = "key,answer\na,dog\nb,\nc,eel\ne,cat\ne,eel\n"
+    (tmp_path / "labels.csv").write_text(text)
+    config = LabelsConfig(
+        uri=str(tmp_path / "labels.csv"), label="answer", otherwise="label", conflicts="leave_out"
+    )
+    labelled = join_labels(table, config, (), STORAGE)
+    assert (labelled.keys, labelled.labels) == (list("abcd"), ["dog", "cat", "eel", "dog"])
+    assert (labelled.counts.unlabelled, labelled.counts.conflicting_keys) == (1, 1)
+    with pytest.raises(LabelError, match=r"(?s)embedding table: no column 'kind'"):
+        join_labels(table, config.model_copy(update={"otherwise": "kind"}), (), STORAGE)
+    with pytest.raises(ValueError, match="there is no label file"):
+        LabelsConfig(otherwise="label")
+
+
+def test_a_file_in_which_nothing_was_answered_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="not one row has a label"):
+        join_csv(tmp_path, "key,shard,answer\na,a.tar,\n", embedding_table(["a"]), label="answer")
 
 
 def test_labels_for_none_of_the_rows_show_both_spellings_counts(tmp_path: Path) -> None:
