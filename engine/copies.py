@@ -53,7 +53,8 @@ def _values(column: pa.Array) -> list[Any]:
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_float32(column.type):
-        return [float(text) for text in pc.cast(column, pa.string()).to_pylist()]
+        texts = pc.cast(column, pa.string()).to_pylist()
+        return [None if text is None else float(text) for text in texts]
     if pa.types.is_fixed_size_list(column.type) and pa.types.is_float32(column.type.value_type):
         flat, width = _values(column.flatten()), column.type.list_size
         return [flat[first : first + width] for first in range(0, len(flat), width)]

@@ -1,4 +1,5 @@
-"""What lies at a URI, in a screenful: a bundle, a table, or files. Reads records and listings, no rows.
+"""What lies at a URI, in a screenful: a bundle, a table, a prediction part, or files. Reads records and listings, and
+footers; of predictions it tells what they were made from.
 
 Not for: whether a table is whole (`engine.verification`).
 """
@@ -7,13 +8,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from engine.errors import BundleError, ObjectNotFound, TableDamaged
+from engine.config import stable_hash
+from engine.errors import BundleError, EngineError, ObjectNotFound, TableDamaged
 from engine.heads.bundle import MANIFEST, Bundle, open_bundle, report_uri
-from engine.parts import TableProgress
-from engine.storage import Store
-from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER
+from engine.lineage import lineage_of_part, lineage_of_table
+from engine.night import HELD_FOLDER, held_store, last_night
+from engine.parts import TableProgress, parse_part_name
+from engine.storage import Store, open_store
+from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER, part_names
 
 CLASSES_SHOWN = 12
 EXAMPLES = 3
@@ -39,6 +45,9 @@ def inspect_uri(store: Store) -> dict[str, Any]:
         ObjectNotFound: nothing lies there.
         StorageError: the store cannot be read.
     """
+    part = parse_part_name(store.uri)
+    if part is not None and part.embedding8 is not None and f"/{DATA_FOLDER}" in store.uri:
+        return _inspect_prediction_part(store)
     for name, inspect in ((MANIFEST, _inspect_bundle), (RECORD_NAME, _inspect_table)):
         try:
             store.info(name)
@@ -94,26 +103,63 @@ def _state(bundle: Bundle, role: str) -> str:
     return f"{file.path}, {file.size_bytes:,} bytes"
 
 
-def _inspect_table(store: Store) -> dict[str, Any]:
+def _record_of(store: Store) -> dict[str, Any]:
     try:
-        record = json.loads(store.read(RECORD_NAME))
-        facts = {"kind": f"table of {record['kind']}", "uri": store.uri}
+        record: dict[str, Any] = json.loads(store.read(RECORD_NAME))
+        record["kind"]  # is looked at first
     except (ValueError, KeyError, TypeError) as error:
         raise TableDamaged(f"{store.uri}/{RECORD_NAME}: not a table record", found=repr(error)) from None
+    return record
+
+
+def _inspect_table(store: Store) -> dict[str, Any]:
+    record = _record_of(store)
+    facts: dict[str, Any] = {"kind": f"table of {record['kind']}", "uri": store.uri}
     facts |= {name: record[name] for name in _OF_RECORD if record.get(name) is not None}
     if "backbone" in record:
         facts["backbone"], facts["runtime"] = record["backbone"], record.get("runtime")
+    if "contract" in record:
+        facts["recipe_sha256"] = stable_hash(record["contract"])
     listed = list(store.list(DATA_FOLDER))
     progress = TableProgress.of_paths((info.path for info in listed), DATA_FOLDER)
     whole = sum(any(one.is_complete for one in versions.values()) for versions in progress.values())
-    return {
-        **facts,
+    facts |= {
         "shards": len(progress),
         "shards_complete": whole,
         "parts": len(listed),
         "bytes": sum(info.size for info in listed),
-        "parts_with_rejects": sum(1 for _ in store.names(REJECTS_FOLDER)),
     }
+    if record["kind"] != "predictions":
+        return facts | {"parts_with_rejects": sum(1 for _ in store.names(REJECTS_FOLDER))}
+    steps = [asdict(step) for step in lineage_of_table(store, record)]
+    return facts | _nights_of(store) | {"lineage": steps}
+
+
+def _nights_of(store: Store) -> dict[str, Any]:
+    """How many parts are held back from readers, and how the last night ended; None: there was none."""
+    night = last_night(store)
+    wanted = ("run_id", "published_parts", "published_rows", "held_parts", "by_hand")
+    last = night and {name: night[name] for name in wanted if night.get(name) is not None}
+    if last and isinstance(gate := (night or {}).get("gate"), dict):
+        last["passes_gate"] = gate.get("passes")
+    return {"held_parts": sum(1 for _ in part_names(held_store(store))), "last_night": last}
+
+
+def _inspect_prediction_part(file: Store) -> dict[str, Any]:
+    """Of one part, by the URI of its file: published, or held back."""
+    folder, _, name = file.uri.rpartition(f"/{DATA_FOLDER}")
+    table = open_store(folder, file.config)
+    is_held = folder.endswith(f"/{HELD_FOLDER}")
+    owner = open_store(folder.removesuffix(f"/{HELD_FOLDER}"), file.config)
+    record: Mapping[str, Any] = {}
+    said = owner.uri
+    try:
+        record = _record_of(owner)
+    except EngineError as error:
+        said = f"{owner.uri}, of which nothing is known: {error.thing}"
+    facts, steps = lineage_of_part(table, record, f"{DATA_FOLDER}{name}")
+    told = {"kind": "part of predictions", "uri": file.uri, "table": said, "is_held_back": is_held}
+    return {**told, **facts, "lineage": [asdict(step) for step in steps]}
 
 
 def _inspect_files(store: Store) -> dict[str, Any]:

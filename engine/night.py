@@ -194,19 +194,26 @@ def keep_night(table: Store, run_id: str, summary: Mapping[str, Any]) -> str:
     return path
 
 
+def last_night(table: Store) -> dict[str, Any] | None:
+    """The summary of the last night, also of one that was held back."""
+    return next(_nights(table), None)
+
+
 def last_published(table: Store) -> dict[str, Any] | None:
     """The summary of the last night that published something here."""
+    return next((night for night in _nights(table) if night.get("published_rows")), None)
+
+
+def _nights(table: Store) -> Iterator[dict[str, Any]]:
+    """Summaries, the latest first: their names begin with the time."""
     for path in sorted(table.names(NIGHTS_FOLDER), reverse=True):
         try:
             night = json.loads(table.read(path))
         except (ObjectNotFound, ValueError):
             continue  # somebody else's file, or gone meanwhile
         fields = ("published_rows", "answer_counts", "abstained")
-        if not isinstance(night, dict) or any(night.get(name) is None for name in fields):
-            continue
-        if night["published_rows"]:
-            return night
-    return None
+        if isinstance(night, dict) and all(night.get(name) is not None for name in fields):
+            yield night
 
 
 def _added(sums: list[int] | None, counts: tuple[int, ...] | None) -> list[int] | None:

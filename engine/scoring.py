@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine import __version__
 from engine.decisions import Decisions
 from engine.errors import TableDamaged
 from engine.heads.bundle import open_bundle
@@ -35,6 +36,7 @@ class BundleJob:
     Attributes:
         bundle_id: the bundle this run began with; one published meanwhile is refused.
         decisions: what the table says.
+        recipe_sha256: of the table's contract; None: parts do not say it.
         counts_in_footers: each part says what is in it, for whoever judges it before it is published.
     """
 
@@ -43,6 +45,7 @@ class BundleJob:
     table_uri: str
     decisions: Decisions
     counts_in_footers: bool = False
+    recipe_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,8 @@ class PartScorer:
             embedding_part=str(name),
             embedding_identity=info.identity,
             rows=predictions.num_rows,
+            recipe_sha256=self._job.bundles[place].recipe_sha256,
+            engine_version=__version__,
         )
         if place not in self._references:
             return facts

@@ -206,6 +206,9 @@ class PredictionPartFacts:
         cosine_counts: rows by their nearness to what the bundle was fitted on, in the bins of its reference; None where
             nothing was counted, or the bundle has none.
         reference_sha256: of that reference.
+        recipe_sha256: of what decides the predictions: the table's contract, as `stable_hash` spells it; equal parts of
+            different runs have the same. None in parts from before there was one.
+        engine_version: that scored it; None likewise.
     """
 
     bundle: str
@@ -218,6 +221,8 @@ class PredictionPartFacts:
     abstained: int | None = None
     cosine_counts: tuple[int, ...] | None = None
     reference_sha256: str | None = None
+    recipe_sha256: str | None = None
+    engine_version: str | None = None
 
 
 PartFacts = EmbeddingPartFacts | PredictionPartFacts

@@ -185,7 +185,10 @@ def verify(
 
 @app.command()
 def inspect(
-    uri: Annotated[str, typer.Argument(help="URI of a bundle, a table or a folder of files.")],
+    uri: Annotated[
+        str,
+        typer.Argument(help="URI of a bundle, a table, a part of a prediction table, or a folder of files."),
+    ],
     endpoint_url: EndpointUrl = None,
     region: Region = None,
     anonymous: Anonymous = False,
@@ -193,8 +196,9 @@ def inspect(
 ) -> None:
     """Say what lies at a URI: a bundle and how good it is, a table and how far it is, or files.
 
-    Reads records and listings; of a bundle each file, whose sha-256 is checked. Keys for S3 come from the usual AWS
-    environment or role.
+    Reads records and listings; of a bundle each file, whose sha-256 is checked. Of a prediction table, or one part of
+    it, also what it was made from, and whether that is still there: bundle, embeddings, shards. Keys for S3 come from
+    the usual AWS environment or role.
     """
     from engine.inspection import inspect_uri
     from engine.storage import open_store
@@ -204,6 +208,63 @@ def inspect(
     _print_facts(facts, as_json)
     if facts.get("damaged"):
         raise BundleError(f"{uri}: the bundle is damaged", found=", ".join(facts["damaged"]))
+
+
+@app.command()
+def review(  # noqa: PLR0913, PLR0917 (each is an option)
+    predictions: Annotated[str, typer.Argument(help="URI of a prediction table.")],
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Rows wanted.")] = 200,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            help="URI of another bundle's prediction table over the same shards: where they differ comes first."
+        ),
+    ] = None,
+    near_duplicate: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Cosine of embeddings above which two images are asked about once."),
+    ] = 0.98,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="URI of the file to write, .parquet or .csv; without it PREDICTIONS/review/<run id>.parquet."
+        ),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Pick the rows most worth a person's look, as a file with an empty column `answer`.
+
+    Fill it in and fit on it: labels: {uri: FILE, label: answer}. Rows left empty are no labels. Keys for S3 come
+    from the usual AWS environment or role.
+    """
+    from engine.review import require_review_uri, review_queue, write_review
+    from engine.storage import open_store
+    from jobs.outcome import new_run_id, print_summary, progress_bar, say
+
+    storage, run_id = _storage("review", endpoint_url, region, anonymous), new_run_id("review")
+    store = open_store(predictions, storage)
+    target = out or f"{store.uri}/review/{run_id}.parquet"
+    require_review_uri(target, storage)
+    with _interruptible(), progress_bar("parts", 0) as (bar, task):
+        found = review_queue(
+            store,
+            count,
+            None if other is None else open_store(other, storage),
+            near_duplicate,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        write_review(found.rows, target, storage)
+    for note in found.notes:
+        say(f"note: {note}")
+    summary = {"verb": "review", "run_id": run_id, "table": store.uri, "rows_read": found.rows_read}
+    reasons = dict(Counter(found.rows["reason"].to_pylist()))
+    summary |= {"rows": found.rows.num_rows, "reasons": reasons, "out": target, "notes": len(found.notes)}
+    print_summary(summary)
+    if as_json:
+        print(json.dumps({**summary, "notes": list(found.notes)}))
 
 
 @app.command()
@@ -435,7 +496,12 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {_in_words(value)}")
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(name)
+            for step in value:  # of a lineage
+                print(f"  {step['what']:<{width}}{step['state']:<11} {step['uri'] or '-'}: {step['says']}")
+        else:
+            print(f"{name:<{width}}  {_in_words(value)}")
 
 
 def _in_words(value: Any) -> str:

@@ -90,7 +90,9 @@ def run(recipe: ScoreRecipe, *, held: bool = False, until: float | None = None) 
     pending = look.pending()
     say(f"score: {len(pending):,} of {len(look.embeddings.parts):,} parts pending")
     for bundle, table in zip(look.bundles, look.tables, strict=True):
-        _require_same(claim_table(table, _record(look, bundle)), _contract(look, bundle), table.uri)
+        _require_same(
+            claim_table(table, _record(look, bundle)), _contract(look.embeddings, bundle), table.uri
+        )
     receipts = _scored(recipe, look, pending, until) if pending else []
     left = len(pending) - sum(receipt.parts_read for receipt in receipts)
     for table in () if held else look.tables:
@@ -223,12 +225,13 @@ def _look(recipe: ScoreRecipe, held: bool = False) -> _Look:
     for bundle, table in zip(bundles, tables, strict=True):
         record = read_record(table, "predictions")
         if record is not None:
-            _require_same(record, _contract(look, bundle), table.uri)
+            _require_same(record, _contract(look.embeddings, bundle), table.uri)
     return look
 
 
 def _bundle_job(recipe: ScoreRecipe, wanted: ScoredBundle, embeddings: Table) -> BundleJob:
     """One bundle, which must have been fitted on such embeddings."""
+    from engine.config import stable_hash
     from engine.decisions import decisions_of
     from engine.heads.bundle import check_fingerprint, open_bundle
     from engine.heads.side_features import side_columns
@@ -239,12 +242,13 @@ def _bundle_job(recipe: ScoreRecipe, wanted: ScoredBundle, embeddings: Table) ->
     check_fingerprint(bundle, embeddings.record)
     if bundle.manifest.side_features:
         require_columns(embeddings, side_columns(bundle.manifest.side_features), "the bundle's side features")
-    return BundleJob(
+    job = BundleJob(
         bundle_uri=bundle.store.uri,
         bundle_id=bundle.id,
         table_uri=wanted.output.uri,
         decisions=decisions_of(wanted.output, bundle.manifest.classes, recipe.storage, bundle.store.uri),
     )
+    return dataclasses.replace(job, recipe_sha256=stable_hash(_contract(embeddings, job)))
 
 
 def wanted_now(embeddings: Store) -> set[PartName]:
@@ -262,21 +266,21 @@ def _require_same(record: Mapping[str, Any], contract: Mapping[str, Any], table_
     check_contract(record, {**dict.fromkeys(record["contract"]), **contract}, table_uri)
 
 
-def _contract(look: _Look, job: BundleJob) -> dict[str, Any]:
+def _contract(embeddings: Table, job: BundleJob) -> dict[str, Any]:
     """Every field that changes what a prediction part contains."""
     from engine.schema import SCHEMA_VERSION
 
     return {
         "schema_version": SCHEMA_VERSION,
-        "embeddings.uri": look.embeddings.store.uri,
-        "fingerprint": look.embeddings.record["fingerprint"],
+        "embeddings.uri": embeddings.store.uri,
+        "fingerprint": embeddings.record["fingerprint"],
         "bundle": job.bundle_id,
         **job.decisions.contract,
     }
 
 
 def _record(look: _Look, job: BundleJob) -> dict[str, Any]:
-    contract = _contract(look, job)
+    contract = _contract(look.embeddings, job)
     return {
         "kind": "predictions",
         "schema_version": contract["schema_version"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def write_part(
         "label": pa.nulls(count, pa.string()),
         "image_width": np.full(count, 8, np.int32),
         "image_height": np.full(count, 8, np.int32),
-        "sha256": pa.array([bytes(32)] * count, pa.binary(32)),
+        "sha256": pa.array(
+            [hashlib.sha256(f"{shard}-{first + row}".encode()).digest() for row in range(count)],
+            pa.binary(32),
+        ),
     }
     facts = EmbeddingPartFacts(FINGERPRINT, "/made", shard, IDENTITY, None, None, count, 0, None, "")
     name = part_name(shard, IDENTITY, number, last)

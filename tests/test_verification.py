@@ -652,6 +652,7 @@ PLANTED_IN_PREDICTIONS: dict[str, tuple[Callable[[Scored], None], Damage]] = {
     ),
     "other schema version": (lambda t: t.facts(schema_version=0), Damage.SCHEMA_VERSION),
     "other fingerprint": (lambda t: t.facts(fingerprint="e"), Damage.FINGERPRINT),
+    "other recipe": (lambda t: t.facts(recipe_sha256="e" * 64), Damage.RECIPE),
     "other row count": (lambda t: t.facts(rows=3), Damage.ROW_COUNT),
     "other embedding part": (lambda t: t.facts(embedding_part=str(A1)), Damage.PART_NAME),
     "no embedding part": (lambda t: t.facts(embedding_part="?"), Damage.PART_NAME),

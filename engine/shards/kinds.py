@@ -6,9 +6,18 @@ tests/contracts/test_shard_contract.py; what it must keep to stands in `base.py`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.config import Config
 from engine.shards.base import TABLE_COLUMNS
@@ -204,6 +213,7 @@ class FilesSource(ShardSource):
 SourceConfig = Annotated[
     WebDatasetSource | ParquetSource | TFRecordSource | FilesSource, Field(discriminator="kind")
 ]
+_SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 
 
 def open_reader(config: SourceConfig, max_sample_bytes: int) -> ShardReader:
@@ -228,6 +238,17 @@ def open_reader(config: SourceConfig, max_sample_bytes: int) -> ShardReader:
     from engine.shards.webdataset import WebDatasetReader
 
     return WebDatasetReader(config, max_sample_bytes)
+
+
+def source_of_contract(contract: Mapping[str, Any]) -> SourceConfig | None:
+    """The source that the contract of an embedding table names, without its pattern, which no table keeps; None where
+    this engine does not know it."""
+    prefix = "source."
+    fields = {name.removeprefix(prefix): value for name, value in contract.items() if name.startswith(prefix)}
+    try:
+        return _SOURCE.validate_python(fields)
+    except ValidationError:
+        return None
 
 
 def _check_columns(columns: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ class Damage(StrEnum):
     FINGERPRINT = "fingerprint"  # the part's network is not the table's
     SOURCE_URI = "source_uri"  # the part's source is not the table's
     BUNDLE = "bundle"  # the part's bundle, or that of a row, is not the table's
+    RECIPE = "recipe"  # the part was decided on by another contract than the table's
     PART_NAME = "part_name"  # shard and identity (or embedding part) in the footer give another name
     COLUMNS = "columns"  # names, types or nullability are not the schema's
     NULL_VALUES = "null_values"  # nulls where the schema allows none

@@ -25,6 +25,8 @@ def check_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Che
     data, facts = opened
     checked.compare(Damage.FINGERPRINT, "fingerprint", facts.fingerprint, claims.fingerprint)
     checked.compare(Damage.BUNDLE, "bundle", facts.bundle, claims.bundle)
+    if facts.recipe_sha256 is not None:
+        checked.compare(Damage.RECIPE, "recipe_sha256", facts.recipe_sha256, claims.recipe_sha256)
     checked.compare(Damage.ROW_COUNT, "rows", data.num_rows, facts.rows)
     scored = parse_part_name(facts.embedding_part)
     wanted = prediction_name(scored, facts.embedding_identity) if scored else "a part's name in the footer"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from engine.config import stable_hash
 from engine.errors import ObjectNotFound
 from engine.schema import SCHEMA_VERSION, EmbeddingDtype, embeddings_schema
-from engine.shards.kinds import SourceConfig
+from engine.shards.kinds import SourceConfig, source_of_contract
 from engine.storage import Store
 from engine.tables import RECORD_NAME
 from engine.verification.findings import Damage, Finding, version_finding
@@ -42,7 +42,6 @@ class _PredictionsRecord(_Record):
 _RECORD: TypeAdapter[_EmbeddingsRecord | _PredictionsRecord] = TypeAdapter(
     Annotated[_EmbeddingsRecord | _PredictionsRecord, Field(discriminator="kind")]
 )
-_SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Claims:
         schema: columns of an embedding part.
         rows_per_part: of the embeddings, for a prediction table too, where they can be reached.
         has_more_columns: the record's source is not understood: other string columns are allowed.
+        recipe_sha256: of a prediction table's contract.
         max_top_k: most entries of a prediction.
         also: forms of the copies for people that each prediction part has.
     """
@@ -67,6 +67,7 @@ class Claims:
     keeps_reject_bytes: bool | None = None
     source: SourceConfig | None = None
     bundle: str | None = None
+    recipe_sha256: str | None = None
     max_top_k: int | None = None
     also: tuple[str, ...] | None = None
 
@@ -116,9 +117,10 @@ def _claims_of(record: _EmbeddingsRecord | _PredictionsRecord) -> Claims:
     contract = record.contract
     if isinstance(record, _PredictionsRecord):
         also = tuple(map(str, contract.get("also", ())))
-        return replace(both, bundle=record.bundle, max_top_k=int(contract["top_k"]), also=also)
+        top_k, recipe_sha256 = int(contract["top_k"]), stable_hash(contract)
+        return replace(both, bundle=record.bundle, recipe_sha256=recipe_sha256, max_top_k=top_k, also=also)
     dtype: EmbeddingDtype = TypeAdapter(EmbeddingDtype).validate_python(contract["output.dtype"])
-    source = _source_of(contract)
+    source = source_of_contract(contract)
     return replace(
         both,
         rows_per_part=record.rows_per_part,
@@ -127,13 +129,3 @@ def _claims_of(record: _EmbeddingsRecord | _PredictionsRecord) -> Claims:
         keeps_reject_bytes=bool(contract["limits.keep_reject_bytes"]),
         source=source,
     )
-
-
-def _source_of(contract: Mapping[str, Any]) -> SourceConfig | None:
-    """The recipe's source without its pattern; None where this engine does not know it."""
-    prefix = "source."
-    fields = {name.removeprefix(prefix): value for name, value in contract.items() if name.startswith(prefix)}
-    try:
-        return _SOURCE.validate_python(fields)
-    except ValidationError:
-        return None

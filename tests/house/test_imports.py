@@ -28,9 +28,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "report",
     ),
     ("embedder", "training", "predictor", "decisions"),
-    ("runtime_choice", "resolution_cache", "extraction", "scoring"),
+    ("runtime_choice", "resolution_cache", "extraction", "scoring", "night", "lineage"),
     ("resolve", "finetuning"),
-    ("accounting", "cluster_head", "export", "gate", "inspection", "night", "plan", "sizing", "verification"),
+    (
+        "accounting",
+        "cluster_head",
+        "export",
+        "gate",
+        "inspection",
+        "plan",
+        "review",
+        "sizing",
+        "verification",
+    ),
     ("on_ray", "this_machine"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
