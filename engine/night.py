@@ -201,7 +201,11 @@ def last_night(table: Store) -> dict[str, Any] | None:
 
 def last_published(table: Store) -> dict[str, Any] | None:
     """The summary of the last night that published something here."""
-    return next((night for night in _nights(table) if night.get("published_rows")), None)
+    counts = ("answer_counts", "abstained")
+    for night in _nights(table):
+        if night.get("published_rows") and all(night.get(name) is not None for name in counts):
+            return night
+    return None
 
 
 def _nights(table: Store) -> Iterator[dict[str, Any]]:
@@ -211,8 +215,7 @@ def _nights(table: Store) -> Iterator[dict[str, Any]]:
             night = json.loads(table.read(path))
         except (ObjectNotFound, ValueError):
             continue  # somebody else's file, or gone meanwhile
-        fields = ("published_rows", "answer_counts", "abstained")
-        if isinstance(night, dict) and all(night.get(name) is not None for name in fields):
+        if isinstance(night, dict) and "run_id" in night:
             yield night
 
 

@@ -172,9 +172,10 @@ def test_the_last_night_that_published_is_found_among_others(folder: Path) -> No
         ("nightly-20260104T010101Z-aaaa", {"published_rows": 3}),
     ]
     for run_id, summary in nights:
-        night.keep_night(table, run_id, summary)
+        night.keep_night(table, run_id, {"run_id": run_id, **summary})
     table.write("nights/readme.txt", b"not ours")
-    assert night.last_published(table) == nights[1][1]
+    assert night.last_published(table) == {"run_id": nights[1][0], **nights[1][1]}
+    assert (night.last_night(table) or {})["published_rows"] == 3
 
 
 def test_what_was_refused_is_known_until_it_is_published(folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_predictions_are_followed_back_to_their_shards_then_and_since(engine: En
         "source": (f"{folder}/archive", "same"),
     }
     assert (facts["parts"], facts["held_parts"], facts["last_night"]) == (6, 0, None)
-    part = sorted((labels / "data").glob("00001*.parquet"))[0]
+    part = sorted((labels / "data").glob("00001*.00000.parquet"))[0]
     of_part, steps = steps_of(engine, part)
     assert (of_part["kind"], of_part["rows"], of_part["bundle"]) == ("part of predictions", 64, bundle.id)
     assert (of_part["recipe_sha256"], of_part["recipe"]) == (facts["recipe_sha256"], "that of the table")

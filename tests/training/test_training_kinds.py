@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[2]
 def test_an_empty_recipe_gets_the_documented_defaults() -> None:
     assert FitSettings().model_dump() == {
         "task": "single_label",
-        "labels": {"uri": None, "key": "key", "label": "label", "conflicts": "refuse", "separator": None},
+        "labels": {
+            "uri": None,
+            "key": "key",
+            "label": "label",
+            "otherwise": None,
+            "conflicts": "refuse",
+            "separator": None,
+        },
         "split": {"column": None, "group": None, "train": 0.8, "validation": 0.1, "test": 0.1, "seed": 0},
         "head": {"kind": "linear"},
         "side_features": (),
