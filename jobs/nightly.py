@@ -132,7 +132,7 @@ def _one_night(
 ) -> Outcome:
     from jobs import extract, score
 
-    _require_bundles(recipe)
+    _scoring_plan(recipe)
     seconds = recipe.budget.seconds(datetime.datetime.now())
     until = None if seconds is None else started + seconds
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
@@ -170,8 +170,9 @@ def _one_night(
     return Outcome(summary, told[0] if told else None)
 
 
-def _require_bundles(recipe: NightlyRecipe) -> None:
-    """Refuse what scoring would refuse, before hours of extraction.
+def _scoring_plan(recipe: NightlyRecipe) -> dict[str, Any] | None:
+    """What there is to score before anything is extracted, None without a table yet; refuses what scoring would refuse,
+    before hours of extraction.
 
     Raises:
         EngineError: no such bundle, of other embeddings or another contract, or a label map that does not fit.
@@ -182,11 +183,12 @@ def _require_bundles(recipe: NightlyRecipe) -> None:
     from engine.tables import read_record
     from jobs import score
 
+    if read_record(open_store(recipe.output.uri, recipe.storage), "embeddings") is not None:
+        return score.plan(recipe.scoring(), held=True)
     for wanted in recipe.bundles:
         bundle = open_bundle(open_store(wanted.uri, recipe.storage))
         decisions_of(wanted.output, bundle.manifest.classes, recipe.storage, wanted.uri)
-    if read_record(open_store(recipe.output.uri, recipe.storage), "embeddings") is not None:
-        score.plan(recipe.scoring(), held=True)
+    return None
 
 
 def _judged(
@@ -237,20 +239,21 @@ def _judged(
         else:
             facts["published_parts"] = night.publish(table, tonight, lease.check)
             facts |= {"published_rows": found.rows, "held_parts": len(held) - len(tonight)}
-    night.keep_night(
-        table, facts_of_night["run_id"], {**facts_of_night, **facts}
-    )  # at once: the next one goes by it
-    sweep_predictions(table, lambda: wanted_now(embeddings))
+    # At once: the next night goes by it.
+    night.keep_night(table, facts_of_night["run_id"], {**facts_of_night, **facts})
+    if facts["published_parts"]:
+        sweep_predictions(table, lambda: wanted_now(embeddings))
     return facts, broken or _still_held(table, held, refused)
 
 
 def _still_held(table: Store, held: Sequence[Held], refused: Mapping[str, str]) -> HeldBack | None:
     """Nobody has looked at what an earlier night was refused."""
-    nights = sorted({refused[part.info.path] for part in held if part.info.path in refused})
-    if not nights:
+    waiting = [refused[part.info.path] for part in held if part.info.path in refused]
+    if not waiting:
         return None
+    nights = sorted(set(waiting))
     return HeldBack(
-        f"{table.uri}: {len(refused):,} parts of earlier nights are still held back",
+        f"{table.uri}: {len(waiting):,} parts of earlier nights are still held back",
         found=f"refused in {', '.join(nights[-3:])} (nights/ of the predictions says why)",
         way_out="publish them (--publish) if they are as they should be, or delete held/ and they are scored again",
     )
@@ -313,7 +316,8 @@ def _published_by_hand(
         facts: dict[str, Any] = {"table": table.uri, "held_parts": 0, "by_hand": True}
         facts |= {"published_parts": night.publish(table, held, lease.check), "published_rows": found.rows}
         facts |= {"answer_counts": found.answer_counts, "abstained": found.abstained}
-        night.keep_night(table, night_facts["run_id"], {**night_facts, **facts})
+        seconds = round(time.monotonic() - started, 3)
+        night.keep_night(table, night_facts["run_id"], {**night_facts, **facts, "seconds": seconds})
         sweep_predictions(table, lambda: wanted_now(embeddings))
         tables.append(facts)
     summary = {
@@ -324,7 +328,6 @@ def _published_by_hand(
         "by_hand": True,
         "seconds": round(time.monotonic() - started, 3),
     }
-    _keep(recipe, summary)
     return Outcome(summary)
 
 
@@ -344,18 +347,18 @@ def plan(
     """What a night would do, from validation and listings alone; touches nothing."""
     from engine.night import held_store
     from engine.storage import open_store
-    from engine.tables import part_names, read_record
-    from jobs import extract, score
+    from engine.tables import part_names
+    from jobs import extract
 
     _require_one_task(publish, prune, prune_up_to)
     facts: dict[str, Any] = {"verb": "nightly"}
     if not publish:
-        _require_bundles(recipe)
+        scoring = _scoring_plan(recipe)
         found = extract.plan(recipe.extraction(), prune=prune, prune_up_to=prune_up_to)
         facts |= {name: value for name, value in found.items() if name not in ("verb", "table_exists")}
         facts["seconds_at_most"] = recipe.budget.seconds(datetime.datetime.now())
-        if read_record(open_store(recipe.output.uri, recipe.storage), "embeddings") is not None:
-            facts["parts_to_score_now"] = score.plan(recipe.scoring(), held=True)["parts_pending"]
+        if scoring is not None:
+            facts["parts_to_score_now"] = scoring["parts_pending"]
     counts = Counter[str]()
     for wanted in recipe.bundles:
         held = held_store(open_store(wanted.output.uri, recipe.storage))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 DT_STRING = 7  # tensorflow/core/framework/types.proto
@@ -55,27 +55,11 @@ COMPUTING = frozenset(
 RESTORING = frozenset(_RESTORING.split())
 
 
-def operations(graph_def: Any, nodes: Iterable[Any]) -> Counter[str]:
-    """How often each operation occurs in some nodes of a graph, and in all functions that they call.
-
-    Args:
-        graph_def: for its functions.
-        nodes: where to begin.
-    """
+def operations(graph_def: Any) -> Counter[str]:
+    """How often each operation occurs in a graph and in its functions; calls of these are none."""
     functions = {function.signature.name: function for function in graph_def.library.function}
-    found: Counter[str] = Counter()
-    seen: set[str] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        called = [name for name in _functions_of(node) if name in functions]
-        if node.op not in functions:
-            found[node.op] += 1
-        for name in called:
-            if name not in seen:
-                seen.add(name)
-                todo.extend(functions[name].node_def)
-    return found
+    inside = [node for function in functions.values() for node in function.node_def]
+    return Counter(node.op for node in [*graph_def.node, *inside] if node.op not in functions)
 
 
 def without_strangers(graph_def: Any) -> Any:

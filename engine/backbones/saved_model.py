@@ -128,7 +128,7 @@ def _part_of(graph_def: Any, *nodes: str) -> Any:
 
 
 def _refuse_other_operations(part: Any, allowed: frozenset[str], uri: str) -> None:
-    other = sorted(set(operations(part, part.node)) - allowed)
+    other = sorted(set(operations(part)) - allowed)
     if other:
         raise WeightsError(
             f"backbone.weights: {uri} holds operations that are not run",

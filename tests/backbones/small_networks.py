@@ -39,7 +39,13 @@ def uneven_network(side_px: int = 64, width: int = 24) -> Any:
     y = layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x))
     x = x + layers.Activation("swish")(y)
     x = layers.Conv2D(width, 1, name="head")(x)
-    network = keras.Model(pixels, layers.Activation("relu", name="head_relu")(x), name="uneven")
+    return with_uneven_statistics(
+        keras.Model(pixels, layers.Activation("relu", name="head_relu")(x), name="uneven")
+    )
+
+
+def with_uneven_statistics(network: Any) -> Any:
+    """Every weight at random: with Keras' own, a BatchNorm does next to nothing."""
     random = np.random.default_rng(3)
     for weight in network.weights:
         if weight.dtype == "float32":

@@ -161,10 +161,9 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 8])
-def test_what_was_killed_between_two_steps_goes_on_as_if_nothing_had_been(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def stopped_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is run meanwhile ends when it has written so many checkpoints."""
     written = 0
     write = loop.Checkpoints.write
 
@@ -172,13 +171,21 @@ def test_what_was_killed_between_two_steps_goes_on_as_if_nothing_had_been(
         nonlocal written
         write(self, state)
         written += 1
-        if written == after:
+        if written == checkpoints:
             raise _Stopped
 
     with monkeypatch.context() as patched:
         patched.setattr(loop.Checkpoints, "write", write_and_stop)
         with pytest.raises(_Stopped):
-            run(tmp_path)
+            yield
+
+
+@pytest.mark.parametrize("after", [1, 8])
+def test_what_was_killed_between_two_steps_goes_on_as_if_nothing_had_been(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stopped_after(after, monkeypatch):
+        run(tmp_path)
     assert list((tmp_path / "bundle").glob("checkpoint.*"))
     assert_same(trace(tmp_path), 1e-6)
     assert not list((tmp_path / "bundle").glob("checkpoint.*"))
@@ -193,20 +200,8 @@ def test_the_scale_of_the_loss_goes_on_from_where_it_was(
     half = {"training": {"precision": "mixed_float16"}}
     expected = trace(tmp_path / "calm", **half)
     assert 2 < expected["skipped"] < 20
-    written = 0
-    write = loop.Checkpoints.write
-
-    def write_and_stop(self: Any, state: Any) -> None:
-        nonlocal written
-        write(self, state)
-        written += 1
-        if written == after:
-            raise _Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Checkpoints, "write", write_and_stop)
-        with pytest.raises(_Stopped):
-            run(tmp_path / "killed", **half)
+    with stopped_after(after, monkeypatch):
+        run(tmp_path / "killed", **half)
     found = trace(tmp_path / "killed", **half)
     assert found["skipped"] == expected["skipped"]
     for ours, theirs in zip(found["losses"], expected["losses"], strict=True):

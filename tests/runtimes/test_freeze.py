@@ -16,7 +16,7 @@ from engine.runtimes.base import FrozenGraph
 from engine.runtimes.freeze import freeze
 from engine.runtimes.half import in_half_precision
 from engine.runtimes.tensorflow import imported
-from tests.backbones.small_networks import fill_with_primes, small_network
+from tests.backbones.small_networks import fill_with_primes, small_network, with_uneven_statistics
 
 SCALING = PixelScaling("own", multiply=(0.5, 0.25, 0.125), add=(1.0, 2.0, 3.0), bgr=True)
 UNCHANGED = PixelScaling("none", multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
@@ -28,16 +28,6 @@ def parsed(graph: FrozenGraph) -> Any:
 
 def operations(graph_def: Any) -> Counter[str]:
     return Counter(node.op for node in graph_def.node)
-
-
-def with_uneven_statistics(network: Any) -> Any:
-    """Every weight at random: with Keras' own, a BatchNorm does next to nothing."""
-    rng = np.random.default_rng(3)
-    for weight in network.weights:
-        if weight.dtype == "float32":
-            low = 0.5 if "variance" in weight.path or "gamma" in weight.path else -0.5
-            weight.assign(rng.uniform(low, 1.0, weight.shape))
-    return network
 
 
 def mixed_network() -> Any:
