@@ -25,8 +25,9 @@ NAME = "_nightly"
 LONG_S = 30.0  # a lifetime that no test outlives
 PATIENCE_S = 20.0  # for another process, on a machine that is busy
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-processes: Any = multiprocessing.get_context("fork")
+# Not forked from this process, whose threads (of fsspec, Ray, TensorFlow) hold locks and memory that no copy can free.
+processes: Any = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["engine.lease", "s3fs", "pytest"])
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -51,7 +52,8 @@ class Holder:
 
     def __init__(self, store: Store, lifetime_s: float, clock_ahead_s: float = 0.0) -> None:
         self._answers, self._end = processes.Queue(), processes.Event()
-        self._process = processes.Process(target=self._hold, args=(store, lifetime_s, clock_ahead_s))
+        told = (self._answers, self._end, dict(os.environ), store, lifetime_s, clock_ahead_s)
+        self._process = processes.Process(target=hold, args=told)
         self._process.start()
         self.pid: int = self._process.pid
         assert self.answer() == "taken"
@@ -71,18 +73,22 @@ class Holder:
         self._process.kill()
         self._process.join(PATIENCE_S)
 
-    def _hold(self, store: Store, lifetime_s: float, clock_ahead_s: float) -> None:
-        if clock_ahead_s:
-            ahead = datetime.timedelta(seconds=clock_ahead_s)
-            engine.lease._utc_now = lambda: datetime.datetime.now(datetime.UTC) + ahead
-        with held_lease(store, NAME, this_run("first"), lifetime_s) as lease:
-            self._answers.put("taken")
-            self._end.wait(60)
-            try:
-                lease.check()
-                self._answers.put("held")
-            except LeaseLost as error:
-                self._answers.put(str(error))
+
+def hold(
+    answers: Any, end: Any, environ: dict[str, str], store: Store, lifetime_s: float, clock_ahead_s: float
+) -> None:
+    os.environ.update(environ)  # the server that forks may be older than this test's S3 keys
+    if clock_ahead_s:
+        ahead = datetime.timedelta(seconds=clock_ahead_s)
+        engine.lease._utc_now = lambda: datetime.datetime.now(datetime.UTC) + ahead
+    with held_lease(store, NAME, this_run("first"), lifetime_s) as lease:
+        answers.put("taken")
+        end.wait(60)
+        try:
+            lease.check()
+            answers.put("held")
+        except LeaseLost as error:
+            answers.put(str(error))
 
 
 @contextmanager
@@ -206,19 +212,8 @@ def test_of_sixteen_processes_that_take_it_at_once_one_has_it(store: Store, befo
             holder.kill()
         assert soon(lambda: says_expired(store))
     start, tried, answers = processes.Barrier(16), processes.Barrier(16), processes.Queue()
-
-    def race(i: int) -> None:
-        start.wait(PATIENCE_S)
-        try:
-            with held_lease(store, NAME, this_run(f"run-{i}"), LONG_S) as lease:
-                tried.wait(2 * PATIENCE_S)  # held until all others have given up
-                lease.check()
-                answers.put(("won", f"run-{i}"))
-        except LeaseHeld as error:
-            answers.put(("held", str(error.found).split()[0]))
-            tried.wait(2 * PATIENCE_S)
-
-    racers = [processes.Process(target=race, args=(i,)) for i in range(16)]
+    told = (start, tried, answers, dict(os.environ), store)
+    racers = [processes.Process(target=race, args=(i, *told)) for i in range(16)]
     for racer in racers:
         racer.start()
     said = [answers.get(timeout=3 * PATIENCE_S) for _ in racers]
@@ -228,6 +223,19 @@ def test_of_sixteen_processes_that_take_it_at_once_one_has_it(store: Store, befo
     (winner,) = (run for word, run in said if word == "won")
     assert Counter(said) == {("won", winner): 1, ("held", winner): 15}
     assert len(lease_paths(store)) == 1
+
+
+def race(i: int, start: Any, tried: Any, answers: Any, environ: dict[str, str], store: Store) -> None:
+    os.environ.update(environ)
+    start.wait(PATIENCE_S)
+    try:
+        with held_lease(store, NAME, this_run(f"run-{i}"), LONG_S) as lease:
+            tried.wait(2 * PATIENCE_S)  # held until all others have given up
+            lease.check()
+            answers.put(("won", f"run-{i}"))
+    except LeaseHeld as error:
+        answers.put(("held", str(error.found).split()[0]))
+        tried.wait(2 * PATIENCE_S)
 
 
 def test_a_number_that_was_taken_and_swept_meanwhile_is_not_taken_again(store: Store) -> None:
