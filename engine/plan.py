@@ -27,6 +27,7 @@ class PendingShards:
     Attributes:
         shards_total: shards that the source lists.
         shards_done: of those, complete in the table.
+        shards_older: of those, neither complete nor to be done now: they came before the time that was asked for.
         works: the others, in the order of their paths.
         replaced: shards whose table parts belong to another version of the object.
         removed: shards in the table that the source no longer lists (by path16; names are hashes).
@@ -43,14 +44,22 @@ class PendingShards:
     bytes_total: int
     shards_in_table: int
     regrouped: frozenset[str] = frozenset()
+    shards_older: int = 0
 
 
-def pending_shards(shards: Iterable[ObjectInfo], progress: TableProgress) -> PendingShards:
-    """Set difference of a listing of the source and a listing of the table; nothing is kept of shards that are done."""
+def pending_shards(
+    shards: Iterable[ObjectInfo], progress: TableProgress, since: float | None = None
+) -> PendingShards:
+    """Set difference of a listing of the source and a listing of the table; nothing is kept of shards that are done.
+
+    Args:
+        since: leave out shards that came or were replaced before that, in seconds since 1970 UTC; such whose time is
+            not known stay.
+    """
     works = WorkList()
     replaced: list[str] = []
     seen = np.zeros(len(progress), bool)
-    total = 0
+    total = older = 0
     for shard in shards:
         total += 1
         path16, existing = path16_of(shard.path), NOTHING
@@ -61,16 +70,21 @@ def pending_shards(shards: Iterable[ObjectInfo], progress: TableProgress) -> Pen
             existing = versions.get(version, NOTHING)
             if any(other != version for other in versions):
                 replaced.append(shard.path)
-        if not existing.is_complete:
+        if existing.is_complete:
+            continue
+        if since is not None and shard.modified is not None and shard.modified < since:
+            older += 1
+        else:
             works.append(ShardWork(shard, existing))
     return PendingShards(
         shards_total=total,
-        shards_done=total - len(works),
+        shards_done=total - len(works) - older,
         works=works,
         replaced=tuple(replaced),
         removed=tuple(path16 for path16, is_listed in zip(progress, seen, strict=True) if not is_listed),
         bytes_total=sum(works.sizes),
         shards_in_table=len(progress),
+        shards_older=older,
     )
 
 

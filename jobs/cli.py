@@ -6,9 +6,11 @@ Imports stay light, so that `--help` and a wrong recipe answer at once; a verb i
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -44,6 +46,29 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="PATH.TO.KEY=VALUE", help="Change one field of the recipe; may be repeated."
+    ),
+]
+
+
+def _moment(text: str) -> float:
+    """Seconds since 1970 UTC: of a date or time as ISO 8601 writes it, or so long ago."""
+    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", text):
+        return time.time() - float(age[1]) * {"m": 60, "h": 3600, "d": 86_400}[age[2]]
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no time; wanted: 2026-11-20, 2026-11-20T22:00, 2026-11-20T22:00+00:00, 90m, 36h or 7d"
+        ) from None
+
+
+Since = Annotated[
+    float | None,
+    typer.Option(
+        metavar="WHEN",
+        parser=_moment,
+        help="Only shards that came or were replaced since: 2026-11-20, 2026-11-20T22:00 (on this machine's clock) "
+        "or an age, 36h. The others stay pending.",
     ),
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Print what would be done and touch nothing.")]
@@ -99,6 +124,7 @@ def extract(  # noqa: PLR0913, PLR0917
             help="Stop after about N images (several parts' worth), which stay in the table; say what held them up.",
         ),
     ] = None,
+    since: Since = None,
     plan: Plan = False,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +134,7 @@ def extract(  # noqa: PLR0913, PLR0917
         "prune_up_to": prune_up_to,
         "replay_rejects": replay_rejects,
         "profile": profile,
+        "since": since,
     }
     _run_job("extract", recipe, overrides, plan, as_json, options)
 
@@ -131,7 +158,7 @@ def score(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_js
 
 
 @app.command()
-def nightly(
+def nightly(  # noqa: PLR0913, PLR0917
     recipe: Recipe,
     overrides: Overrides = None,
     publish: Annotated[
@@ -142,6 +169,7 @@ def nightly(
     ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="As of extract.")] = False,
     prune_up_to: Annotated[int | None, typer.Option(metavar="N", min=0, help="As of extract.")] = None,
+    since: Since = None,
     plan: Plan = False,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +180,7 @@ def nightly(
         overrides,
         plan,
         as_json,
-        {"publish": publish, "prune": prune, "prune_up_to": prune_up_to},
+        {"publish": publish, "prune": prune, "prune_up_to": prune_up_to, "since": since},
     )
 
 

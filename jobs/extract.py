@@ -65,6 +65,7 @@ def run(
     prune_up_to: int | None = None,
     replay_rejects: bool = False,
     profile: int | None = None,
+    since: float | None = None,
     until: float | None = None,
 ) -> Outcome:
     """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's.
@@ -74,6 +75,7 @@ def run(
         prune_up_to: prune, and allow this many shards instead of a tenth.
         replay_rejects: do again the parts that have rejects.
         profile: stop after about so many images, which stay in the table, and say what held them up.
+        since: only shards that came or were replaced after that, in seconds since 1970 UTC; the others stay pending.
         until: stop between two parts when `time.monotonic()` says so; the next run goes on there.
     """
     from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
@@ -84,7 +86,7 @@ def run(
 
     started, run_id = time.monotonic(), new_run_id("extract")
     prune = prune or prune_up_to is not None
-    source, table, record, pending = _look(recipe, replay_rejects)
+    source, table, record, pending = _look(recipe, replay_rejects, since)
     _announce(recipe, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
@@ -117,6 +119,7 @@ def run(
         "shards_failed": totals.shards.failed,
         "failed_shards": totals.damage,
         "shards_left": left,
+        "shards_older": pending.shards_older,
         "shards_replaced": len(pending.replaced),
         "shards_removed": len(pending.removed),
         "parts_written": totals.parts_written,
@@ -267,6 +270,7 @@ def plan(
     prune_up_to: int | None = None,
     replay_rejects: bool = False,
     profile: int | None = None,
+    since: float | None = None,
 ) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing. A profile would do less of the same."""
     from engine.cluster_head import joins_cluster
@@ -274,7 +278,7 @@ def plan(
     from engine.this_machine import machines_here
 
     prune = prune or prune_up_to is not None
-    _, table, record, pending = _look(recipe, replay_rejects)
+    _, table, record, pending = _look(recipe, replay_rejects, since)
     _announce(recipe, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
@@ -290,6 +294,7 @@ def plan(
         "shards_total": pending.shards_total,
         "shards_skipped": pending.shards_done,
         "shards_pending": len(pending.works),
+        "shards_older": pending.shards_older,
         "shards_replaced": len(pending.replaced),
         "shards_removed": len(pending.removed),
         "bytes_pending": pending.bytes_total,
@@ -311,7 +316,9 @@ def plan(
     }
 
 
-def _look(recipe: ExtractRecipe, replay_rejects: bool) -> tuple[Store, Store, Record | None, PendingShards]:
+def _look(
+    recipe: ExtractRecipe, replay_rejects: bool, since: float | None
+) -> tuple[Store, Store, Record | None, PendingShards]:
     """The listings, and the table's record; refuses what is known to be wrong before anything starts."""
     from engine.plan import pending_shards
     from engine.shards.kinds import open_reader
@@ -327,7 +334,7 @@ def _look(recipe: ExtractRecipe, replay_rejects: bool) -> tuple[Store, Store, Re
     progress = table_progress(table)
     if replay_rejects:
         progress = progress.without(parts_with_rejects(table))
-    pending = pending_shards(reader.list_shards(source), progress)
+    pending = pending_shards(reader.list_shards(source), progress, since)
     if reader.regroups and pending.removed:
         pending = _without_regrouped(reader, source, table, pending)
     return source, table, record, pending
@@ -356,6 +363,8 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> Non
         f"extract: {len(pending.works):,} of {pending.shards_total:,} shards pending "
         f"({pending.bytes_total / 1e6:,.1f} MB), {pending.shards_done:,} done"
     )
+    if pending.shards_older:
+        say(f"{pending.shards_older:,} more are older than --since and stay pending")
     if pending.replaced:
         say(f"{len(pending.replaced):,} shards were replaced since the table was written")
     if pending.removed:

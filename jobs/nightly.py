@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from engine.config import Config
 from engine.errors import EngineError, HeldBack, RecipeError
@@ -42,6 +42,15 @@ class Budget(Config):
     deadline: str | None = Field(default=None, pattern=r"^([01]\d|2[0-3]):[0-5]\d$")
     """Time of day, HH:MM on the clock of the machine that runs the command (in containers usually UTC); one that is
     past means tomorrow's. null: none. Where both are given, the earlier one."""
+
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _is_quoted(cls, deadline: object) -> object:
+        """YAML 1.1 reads 05:30 as text and 22:30 as the number 22 * 60 + 30."""
+        if isinstance(deadline, int):
+            raise ValueError('put it in quotes: deadline: "22:30" (YAML reads 22:30 as a number of base 60)')
+        return deadline
+
     extract_share: float = Field(default=0.8, gt=0, le=1)
     """Share of that time after which extraction stops, so that there is time to score and publish what there is."""
 
@@ -92,15 +101,20 @@ class NightlyRecipe(ExtractRecipe):
 
 
 def run(
-    recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False, prune_up_to: int | None = None
+    recipe: NightlyRecipe,
+    *,
+    publish: bool = False,
+    prune: bool = False,
+    prune_up_to: int | None = None,
+    since: float | None = None,
 ) -> Outcome:
     """One night.
 
     Args:
         publish: only publish what an earlier night held back: a person has looked at it.
-        prune, prune_up_to: as of `extract`.
+        prune, prune_up_to, since: as of `extract`.
     """
-    _require_one_task(publish, prune, prune_up_to)
+    _require_one_task(publish, prune, prune_up_to, since)
     from engine.lease import held_lease, this_run
     from engine.storage import open_store
 
@@ -117,18 +131,20 @@ def run(
         night = {"verb": "nightly", "run_id": run_id, "table": table.uri}
         if publish:
             return _published_by_hand(recipe, night, lease, started)
-        return _one_night(recipe, night, lease, started, {"prune": prune, "prune_up_to": prune_up_to})
+        options = {"prune": prune, "prune_up_to": prune_up_to, "since": since}
+        return _one_night(recipe, night, lease, started, options)
 
 
-def _require_one_task(publish: bool, prune: bool, prune_up_to: int | None) -> None:
-    if publish and (prune or prune_up_to is not None):
+def _require_one_task(publish: bool, prune: bool, prune_up_to: int | None, since: float | None) -> None:
+    if publish and (prune or prune_up_to is not None or since is not None):
         raise RecipeError(
-            "--publish: publishes what is held, and prunes nothing", way_out="leave --prune out"
+            "--publish: publishes what is held, extracts and prunes nothing",
+            way_out="leave --prune and --since out",
         )
 
 
 def _one_night(
-    recipe: NightlyRecipe, night: dict[str, Any], lease: Lease, started: float, pruning: dict[str, Any]
+    recipe: NightlyRecipe, night: dict[str, Any], lease: Lease, started: float, options: dict[str, Any]
 ) -> Outcome:
     from jobs import extract, score
 
@@ -136,7 +152,7 @@ def _one_night(
     seconds = recipe.budget.seconds(datetime.datetime.now())
     until = None if seconds is None else started + seconds
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
-    extracted = extract.run(recipe.extraction(), until=extract_until, **pruning)
+    extracted = extract.run(recipe.extraction(), until=extract_until, **options)
     lease.check()
     scored = score.run(recipe.scoring(), held=True, until=until)
     lease.check()
@@ -145,8 +161,8 @@ def _one_night(
         for wanted, told in zip(recipe.bundles, scored.summary["bundles"], strict=True)
     ]
     wanted = ("shards_total", "shards_skipped", "shards_done", "shards_failed", "failed_shards", "shards_left",
-              "shards_replaced", "shards_removed", "parts_written", "parts_pruned", "rows", "rejects", "seconds",
-              "bottleneck")  # fmt: skip
+              "shards_older", "shards_replaced", "shards_removed", "parts_written", "parts_pruned", "rows", "rejects",
+              "seconds", "bottleneck")  # fmt: skip
     left = extracted.summary["shards_left"] + scored.summary["parts_left"]
     summary = {
         **night,
@@ -342,7 +358,12 @@ def _keep(recipe: NightlyRecipe, summary: Mapping[str, Any]) -> None:
 
 
 def plan(
-    recipe: NightlyRecipe, *, publish: bool = False, prune: bool = False, prune_up_to: int | None = None
+    recipe: NightlyRecipe,
+    *,
+    publish: bool = False,
+    prune: bool = False,
+    prune_up_to: int | None = None,
+    since: float | None = None,
 ) -> dict[str, Any]:
     """What a night would do, from validation and listings alone; touches nothing."""
     from engine.night import held_store
@@ -350,11 +371,11 @@ def plan(
     from engine.tables import part_names
     from jobs import extract
 
-    _require_one_task(publish, prune, prune_up_to)
+    _require_one_task(publish, prune, prune_up_to, since)
     facts: dict[str, Any] = {"verb": "nightly"}
     if not publish:
         scoring = _scoring_plan(recipe)
-        found = extract.plan(recipe.extraction(), prune=prune, prune_up_to=prune_up_to)
+        found = extract.plan(recipe.extraction(), prune=prune, prune_up_to=prune_up_to, since=since)
         facts |= {name: value for name, value in found.items() if name not in ("verb", "table_exists")}
         facts["seconds_at_most"] = recipe.budget.seconds(datetime.datetime.now())
         if scoring is not None:

@@ -37,6 +37,22 @@ def test_a_replaced_shard_is_pending_again_and_said_to_be_replaced() -> None:
     assert pending.replaced == ("a.tar",)
 
 
+def test_shards_that_came_before_a_time_stay_pending_and_are_not_removed() -> None:
+    """`--since`: complete ones count as done however old, and whose time is not known is done now."""
+    listed = [
+        ObjectInfo("a.tar", 100, "v1", modified=10.0),
+        ObjectInfo("b.tar", 100, "v1", modified=10.0),
+        ObjectInfo("c.tar", 100, "v2", modified=19.9),
+        ObjectInfo("d.tar", 7, "v1", modified=20.0),
+        ObjectInfo("e.tar", 5, "v1"),
+    ]
+    parts = [part_name("a.tar", "v1", 0, True), part_name("c.tar", "v1", 0, True)]
+    pending = pending_shards(listed, TableProgress(parts), since=20.0)
+    assert [work.shard.path for work in pending.works] == ["d.tar", "e.tar"]
+    assert (pending.shards_total, pending.shards_done, pending.shards_older) == (5, 1, 2)
+    assert (pending.removed, pending.replaced, pending.bytes_total) == ((), ("c.tar",), 12)
+
+
 def test_parts_with_rejects_that_are_done_again_leave_the_others_alone() -> None:
     parts = [part_name("a.tar", "v1", number, last=number == 2) for number in range(3)]
     parts.append(part_name("b.tar", "v1", 0, True))

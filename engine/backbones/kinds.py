@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -145,6 +146,15 @@ class FileNetworkConfig(NetworkConfig):
     """What the network takes: `none`, pixels 0..255 (it scales inside); `unit`, 0..1; `tf`, -1..1; `torch`, 0..1 less
     ImageNet's means, over its deviations; `caffe`, blue, green, red less ImageNet's means; or numbers of its own. The
     file does not say it, and features of another scaling are worse without a word."""
+
+    @field_validator("scaling", mode="before")
+    @classmethod
+    def _is_a_name_or_numbers(cls, scaling: object) -> object:
+        """One plain line instead of one for each side of the union."""
+        if isinstance(scaling, (Mapping, ScalingConfig)) or scaling in get_args(Convention):
+            return scaling
+        names = ", ".join(get_args(Convention))
+        raise ValueError(f"wanted one of {names}, or numbers: {{multiply: [r, g, b], add: [r, g, b]}}")
 
 
 class KerasFileConfig(FileNetworkConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from pydantic import field_validator
@@ -47,6 +47,8 @@ class ObjectInfo:
     """Bytes."""
     identity: str
     """Differs when the content does: "etag:<etag>:<size>" (no quotes) on S3, "mtime:<ns>:<size>" on disk."""
+    modified: float | None = field(default=None, compare=False)
+    """When it came here or was last replaced, in seconds since 1970 UTC; None where that was not asked for."""
 
 
 class InputStream(io.BufferedReader):

@@ -254,7 +254,9 @@ def _absolute_path(uri: str) -> str:
 def _described(path: str, status: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(status.st_mode):
         raise IsADirectoryError(f"{path} is not a file")
-    return ObjectInfo(path, status.st_size, f"mtime:{status.st_mtime_ns}:{status.st_size}")
+    identity = f"mtime:{status.st_mtime_ns}:{status.st_size}"
+    # A copy may keep its original's time; the other one says when it came here.
+    return ObjectInfo(path, status.st_size, identity, max(status.st_mtime, status.st_ctime))
 
 
 def _folder_id(folder: str) -> _FolderId:

@@ -69,7 +69,8 @@ class S3Store(Store):
     def info(self, path: str) -> ObjectInfo:
         place = self._place(path)
         answer = self._call("find", path, lambda client: client.head_object(**place))
-        return ObjectInfo(path, answer["ContentLength"], identity_of(answer["ETag"], answer["ContentLength"]))
+        size, modified = answer["ContentLength"], answer["LastModified"].timestamp()
+        return ObjectInfo(path, size, identity_of(answer["ETag"], size), modified)
 
     def read(
         self, path: str, offset: int = 0, length: int | None = None, expected: ObjectInfo | None = None
@@ -156,7 +157,8 @@ class S3Store(Store):
             for entry in page.get("Contents", ()):
                 path = entry["Key"][len(self._root) :]
                 if path and not path.endswith("/"):
-                    yield ObjectInfo(path, entry["Size"], identity_of(entry["ETag"], entry["Size"]))
+                    identity, modified = identity_of(entry["ETag"], entry["Size"]), entry["LastModified"]
+                    yield ObjectInfo(path, entry["Size"], identity, modified.timestamp())
             if not page["IsTruncated"]:
                 return
             where["ContinuationToken"] = page["NextContinuationToken"]

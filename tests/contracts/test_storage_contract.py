@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import tarfile
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_what_was_written_is_listed_found_and_read(store: Store) -> None:
     assert list(store.list()) == [written]
     assert store.info("2026/01/a.tar") == written
     assert store.read("2026/01/a.tar", expected=written) == noise(7919)
+
+
+def test_a_listing_says_when_an_object_came(store: Store) -> None:
+    """To the second, as S3 says it; by the clock of the store, which is this machine's here."""
+    began = time.time()
+    store.write("a", b"1")
+    (listed,) = store.list()
+    assert listed.modified is not None
+    assert began - 1 <= listed.modified <= time.time() + 1
+    assert store.info("a").modified == pytest.approx(listed.modified, abs=1)
 
 
 def test_a_range_reaches_as_far_as_the_object(store: Store) -> None:

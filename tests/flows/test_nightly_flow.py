@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,26 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
     assert table_of(tmp_path, "alone").equals(table_of(tmp_path))
     checked = engine("verify", str(tmp_path / "labels"))
     assert checked.code == 0, checked.stderr
+
+
+def test_a_night_since_a_time_leaves_what_is_older_and_a_later_one_does_it(
+    night: Any, tmp_path: Path
+) -> None:
+    put(tmp_path, "old.tar", shard_bytes(5 * ROWS, ROWS))
+    moment = datetime.datetime.now() + datetime.timedelta(seconds=0.02)
+    time.sleep(0.05)
+    put(tmp_path, "new.tar", shard_bytes(6 * ROWS, ROWS))
+    planned = night("--since", moment.isoformat(), "--plan").summary
+    assert (planned["shards_pending"], planned["shards_older"]) == (1, 1)
+    told = night("--since", moment.isoformat()).summary
+    extracted = told["extract"]
+    assert (extracted["shards_done"], extracted["shards_older"], extracted["shards_removed"]) == (1, 1, 0)
+    assert set(table_of(tmp_path)["shard"].to_pylist()) == {"0.tar", "1.tar", "2.tar", "new.tar"}
+    later = night("--since", "7d").summary["extract"]
+    assert (later["shards_done"], later["shards_older"]) == (1, 0)
+    refused = night("--since", "yesterday")
+    assert refused.code == 2
+    assert "'yesterday' is no time" in refused.stderr
 
 
 def test_a_night_beside_another_leaves_and_says_whose_turn_it_is(night: Any, tmp_path: Path) -> None:
