@@ -18,6 +18,7 @@ from engine.doctor import STAGES
 from engine.errors import OverBudget, ShardsFailed, TableDamaged
 from engine.extraction import Receipt
 from engine.parts import NOTHING, TableProgress, path16_of
+from engine.predictor import BundleCounts
 from engine.recipes import Limits
 from engine.storage import Store
 from engine.tables import (
@@ -25,7 +26,7 @@ from engine.tables import (
     count_rejects,
     is_read,
     part_names,
-    read_embedding_facts,
+    read_shard_facts,
     table_progress,
     version_to_read,
 )
@@ -125,6 +126,7 @@ class RunTotals:
     """Sums over the receipts of one run.
 
     Attributes:
+        bundles: what was written for each that labelled, by its place.
         damage: shard -> why it failed, in one line, of the first FAILURES_KEPT; `shards.failed` counts them all.
     """
 
@@ -134,6 +136,7 @@ class RunTotals:
     bytes_read: int = 0
     stage_s: Counter[str] = field(default_factory=Counter)
     steady: Steady = field(default_factory=Steady)
+    bundles: dict[int, BundleCounts] = field(default_factory=dict)
     damage: dict[str, str] = field(default_factory=dict)
     shards: ShardsUnderWay = field(default_factory=ShardsUnderWay)
 
@@ -155,6 +158,8 @@ class RunTotals:
         self.parts_written += 1
         self.rows += receipt.rows
         self.rejects += receipt.rejects
+        for place, counts in receipt.bundles.items():
+            self.bundles.setdefault(place, BundleCounts()).add(counts)
         busy = {stage: getattr(header, f"{stage}_s") for stage in STAGES}
         self.stage_s.update(busy)
         self.steady.add(header.samples, busy, time.monotonic())
@@ -242,7 +247,7 @@ def _samples_in_last_parts(table: Store, progress: TableProgress) -> int:
     samples = 0
     with ThreadPoolExecutor(READ_THREADS) as pool:
         while some := list(itertools.islice(names, 1000)):
-            samples += sum(pool.map(lambda name: read_embedding_facts(table, name).samples, some))
+            samples += sum(pool.map(lambda name: read_shard_facts(table, name).samples, some))
     return samples
 
 

@@ -1,8 +1,9 @@
 """The plain stages of extraction: a shard becomes parts of pixels, pixels become embeddings, a part is written.
 
-No Ray here: `engine.on_ray` strings these callables together, and tests run them in one process. Between the stages
-one part travels as one Arrow row, so that no executor can split or merge it. What a stage yields is fixed by its
-arguments alone: the set of existing parts is passed in, the output is never listed here.
+No Ray here: `engine.on_ray` strings these callables together, and tests run them in one process. Labels that are made
+of embeddings on the way are `engine.labelling`'s business. Between the stages one part travels as one Arrow row, so
+that no executor can split or merge it. What a stage yields is fixed by its arguments alone: the set of existing parts
+is passed in, the output is never listed here.
 
 Shape letters: N samples of a part that have an image, S input side in pixels, D embedding width.
 """
@@ -32,15 +33,16 @@ from engine.backbones.kinds import BackboneConfig
 from engine.embedder import Embedder
 from engine.errors import EngineError, ObjectChanged, ObjectNotFound, ShardDamaged
 from engine.images import ImageRejected, decode_image
-from engine.parts import part_name
+from engine.parts import PartName, part_name
+from engine.predictor import BundleCounts
 from engine.recipes import Limits
 from engine.runtimes.base import FrozenGraph
 from engine.runtimes.kinds import ResolvedRuntime, RuntimeConfig, import_runtime
 from engine.schema import EmbeddingDtype, RejectReason, RejectStage, embeddings_schema, rejects_schema
 from engine.shards.base import Resume, Sample, ShardReader
 from engine.shards.kinds import SourceConfig, open_reader
-from engine.storage import StorageConfig, Store, open_store
-from engine.tables import EmbeddingPartFacts, read_embedding_facts, write_embedding_part
+from engine.storage import ObjectInfo, StorageConfig, Store, open_store
+from engine.tables import EmbeddingPartFacts, read_shard_facts, write_embedding_part
 from engine.worklist import ShardWork
 
 PIXEL_BYTES_PER_PART = 64_000_000
@@ -67,6 +69,7 @@ class ExtractJob:
 
     Attributes:
         runtime: as the recipe says it; what it means is in the `Setup`.
+        table_uri: of the table that is filled; of several, of any.
         rows_per_part: samples in one part, resolved.
         decode_threads: threads in each reader.
         embed_threads: threads of each actor, None for the runtime's default.
@@ -131,6 +134,7 @@ class PartHeader:
         fingerprint: of the table, once there are embeddings.
         damage: why the shard cannot be read on from here; such a header has no samples.
         samples: rows + rejects.
+        lacking: of several tables, the places of those that lack this part; empty: all that are filled.
         bytes_read: from the source, since the part before.
         read_s, decode_s, embed_s, write_s: seconds that each stage was busy with the part. Of a processor: decode, and
             embed without a GPU; of the clock: all others.
@@ -143,6 +147,7 @@ class PartHeader:
     begin_offset: int | None = None
     end_offset: int | None = None
     samples: int = 0
+    lacking: tuple[int, ...] = ()
     fingerprint: str = ""
     damage: str | None = None
     bytes_read: int = 0
@@ -151,12 +156,19 @@ class PartHeader:
     embed_s: float = 0.0
     write_s: float = 0.0
 
+    @staticmethod
+    def of_json(fields: dict[str, Any]) -> PartHeader:
+        """From the fields as JSON has them."""
+        return PartHeader(**{**fields, "lacking": tuple(fields["lacking"])})
+
 
 @dataclass(frozen=True)
 class Part:
     """A part on its way: after decoding `array` is pixels uint8 (N, S, S, 3), after embedding float (N, D).
 
-    Where reading and decoding are stages of their own there is only `encoded` in between: the samples as read.
+    Where reading and decoding are stages of their own there is only `encoded` in between: the samples as read. Where
+    it is labelled there are `predictions` of each bundle, None for those whose table has the part; embeddings that are
+    not kept do not travel on.
     """
 
     header: PartHeader
@@ -164,18 +176,21 @@ class Part:
     rejects: pa.Table | None = None
     array: np.ndarray | None = None
     encoded: pa.Table | None = None
+    predictions: tuple[pa.Table | None, ...] = ()
 
     def to_row(self) -> pa.Table:
         """One Arrow row, whatever the number of samples; the array's buffer is not copied."""
         shape = list(self.array.shape) if self.array is not None else None
         dtype = str(self.array.dtype) if self.array is not None else None
+        header = {**asdict(self.header), "shape": shape, "dtype": dtype, "bundles": len(self.predictions)}
         return pa.table(
             {
-                "header": pa.array([json.dumps({**asdict(self.header), "shape": shape, "dtype": dtype})]),
+                "header": pa.array([json.dumps(header)]),
                 "samples": _one_table(self.samples),
                 "rejects": _one_table(self.rejects),
                 "array": _one_array(self.array),
                 "encoded": _one_table(self.encoded),
+                **{_of_bundle(place): _one_table(one) for place, one in enumerate(self.predictions)},
             }
         )
 
@@ -183,12 +198,18 @@ class Part:
     def from_row(row: pa.Table) -> Part:
         """Inverse of `to_row`; the array is a read-only view of the row's buffer."""
         fields = json.loads(row["header"][0].as_py())
-        shape, dtype = fields.pop("shape"), fields.pop("dtype")
+        shape, dtype, bundles = fields.pop("shape"), fields.pop("dtype"), fields.pop("bundles")
         array = None
         if shape is not None:
             array = np.frombuffer(_bytes_of(row["array"]) or b"", dtype).reshape(shape)
         samples, rejects, encoded = (_from_ipc(row[name]) for name in ("samples", "rejects", "encoded"))
-        return Part(PartHeader(**fields), samples, rejects, array, encoded)
+        predictions = tuple(_from_ipc(row[_of_bundle(place)]) for place in range(bundles))
+        return Part(PartHeader.of_json(fields), samples, rejects, array, encoded, predictions)
+
+
+def _of_bundle(place: int) -> str:
+    """The column of its predictions."""
+    return f"predictions {place}"
 
 
 def _one_table(table: pa.Table | None) -> pa.Array:
@@ -295,7 +316,7 @@ def _parts_of_shard(
     number = existing.first_missing
     resume = _resume_point(job, table, work)
     meter = _ReadMeter()
-    builder = kind(job, PartHeader(shard.path, shard.identity, number), pool)
+    builder = kind(job, _header_of(work, number), pool)
     try:
         samples = meter.timed(reader.read(source, shard, resume, on_bytes=meter.add_bytes))
         for sample in samples:
@@ -305,7 +326,7 @@ def _parts_of_shard(
                 number += 1
                 if existing.last is not None and number > existing.last:
                     return
-                builder = kind(job, PartHeader(shard.path, shard.identity, number), pool)
+                builder = kind(job, _header_of(work, number), pool)
             builder.add(sample, wanted=number not in existing.numbers)
         if number not in existing.numbers:
             yield builder.finish(True, meter.take_bytes(), meter.take_seconds())
@@ -316,6 +337,10 @@ def _parts_of_shard(
         )
 
 
+def _header_of(work: ShardWork, number: int) -> PartHeader:
+    return PartHeader(work.shard.path, work.shard.identity, number, lacking=work.lacking(number))
+
+
 def _resume_point(job: ExtractJob, table: Store, work: ShardWork) -> Resume:
     """Where the first missing part begins: behind the part before it, whose footer knows the byte."""
     number = work.existing.first_missing
@@ -323,7 +348,7 @@ def _resume_point(job: ExtractJob, table: Store, work: ShardWork) -> Resume:
         return Resume(index=0, offset=None)
     before = part_name(work.shard.path, work.shard.identity, number - 1, last=False)
     try:
-        offset = read_embedding_facts(table, before).end_offset
+        offset = read_shard_facts(table, before).end_offset
     except (
         ObjectNotFound,
         ObjectChanged,
@@ -679,20 +704,29 @@ class PartEmbedder:
         self._clock = _BusyClock(time.perf_counter if job.use_gpu else time.process_time)
 
     def __call__(self, row: pa.Table) -> pa.Table:
+        return self.answered(row, self.embedded)
+
+    def answered(self, row: pa.Table, compute: Callable[[Part], Part]) -> pa.Table:
+        """What is computed of a part in its turn, timed; a shard's damage is handed on."""
         part = Part.from_row(row)
         if part.header.damage is not None:
             return row
-        assert part.array is not None and part.samples is not None and part.rejects is not None
         with self._at_once:
             self._clock.begin()
             try:
-                embeddings_ND = self._embedder.embed(part.array)
+                answer = compute(part)
             finally:
                 seconds = self._clock.end()
-        header = replace(part.header, embed_s=seconds, fingerprint=self._fingerprint)
+        return replace(answer, header=replace(answer.header, embed_s=seconds)).to_row()
+
+    def embedded(self, part: Part) -> Part:
+        """The part with embeddings in place of pixels."""
+        assert part.array is not None and part.samples is not None and part.rejects is not None
+        embeddings_ND = self._embedder.embed(part.array)
         with np.errstate(over="ignore"):  # beyond float16's range: becomes infinite, and so a reject
             embeddings_ND = embeddings_ND.astype(self._job.dtype, copy=False)
-        return _without_unusable(Part(header, part.samples, part.rejects, embeddings_ND)).to_row()
+        header = replace(part.header, fingerprint=self._fingerprint)
+        return _without_unusable(Part(header, part.samples, part.rejects, embeddings_ND))
 
 
 class _BusyClock:
@@ -761,12 +795,17 @@ def _without_unusable(part: Part) -> Part:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What the driver hears of a part that is committed, or of a shard that failed (`header.damage`)."""
+    """What the driver hears of a part that is committed, or of a shard that failed (`header.damage`).
+
+    Attributes:
+        bundles: what was written for each of them that lacked the part, by its place.
+    """
 
     header: PartHeader
     rows: int = 0
     rejects: int = 0
     reject_reasons: dict[str, int] = field(default_factory=dict)
+    bundles: dict[int, BundleCounts] = field(default_factory=dict)
 
     def to_row(self) -> pa.Table:
         return pa.table({"receipt": [json.dumps(asdict(self))]})
@@ -774,7 +813,8 @@ class Receipt:
     @staticmethod
     def from_json(text: str) -> Receipt:
         fields = json.loads(text)
-        return Receipt(**{**fields, "header": PartHeader(**fields["header"])})
+        bundles = {int(place): BundleCounts(**counts) for place, counts in fields["bundles"].items()}
+        return Receipt(**{**fields, "header": PartHeader.of_json(fields["header"]), "bundles": bundles})
 
 
 def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
@@ -782,17 +822,25 @@ def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
     part = Part.from_row(row)
     if part.header.damage is not None:
         return Receipt(part.header).to_row()
-    assert part.array is not None and part.samples is not None and part.rejects is not None
-    header = part.header
-    if part.samples.num_rows + part.rejects.num_rows != header.samples:
-        raise EngineError(
-            f"{header.shard}: part {header.number} does not account for every sample",
-            found=f"{part.samples.num_rows} rows + {part.rejects.num_rows} rejects",
-            wanted=f"{header.samples} samples",
-            way_out="this is a defect of the engine: nothing was written for this part",
-        )
     started = time.perf_counter()
-    name = part_name(header.shard, header.identity, header.number, header.last)
+    write_embeddings(job, part)
+    return receipt_of(part, started).to_row()
+
+
+def name_of(header: PartHeader) -> PartName:
+    """Of the part's files."""
+    return part_name(header.shard, header.identity, header.number, header.last)
+
+
+def write_embeddings(job: ExtractJob, part: Part) -> ObjectInfo:
+    """Commit the embeddings and rejects of a part.
+
+    Raises:
+        EngineError: it does not account for every sample.
+    """
+    require_accounted(part)
+    assert part.rejects is not None
+    header = part.header
     facts = EmbeddingPartFacts(
         fingerprint=header.fingerprint,
         source_uri=job.source.uri,
@@ -806,16 +854,42 @@ def write_part(job: ExtractJob, row: pa.Table) -> pa.Table:
         embeddings_sha256="",
     )
     store = open_store(job.table_uri, job.storage)
-    write_embedding_part(store, name, _data_table(job, part), part.rejects, facts)
+    return write_embedding_part(store, name_of(header), embedding_rows(job, part), part.rejects, facts)
+
+
+def require_accounted(part: Part) -> None:
+    """Every sample is a row or a reject.
+
+    Raises:
+        EngineError: one got lost between the stages.
+    """
+    assert part.samples is not None and part.rejects is not None
+    header = part.header
+    if part.samples.num_rows + part.rejects.num_rows != header.samples:
+        raise EngineError(
+            f"{header.shard}: part {header.number} does not account for every sample",
+            found=f"{part.samples.num_rows} rows + {part.rejects.num_rows} rejects",
+            wanted=f"{header.samples} samples",
+            way_out="this is a defect of the engine: nothing was written for this part",
+        )
+
+
+def receipt_of(part: Part, started: float) -> Receipt:
+    """Of a part that is committed now.
+
+    Args:
+        started: when its writing began, as `time.perf_counter` says.
+    """
+    assert part.samples is not None and part.rejects is not None
     return Receipt(
-        replace(header, write_s=time.perf_counter() - started),
+        replace(part.header, write_s=time.perf_counter() - started),
         rows=part.samples.num_rows,
         rejects=part.rejects.num_rows,
         reject_reasons=dict(Counter(part.rejects["error"].to_pylist())),
-    ).to_row()
+    )
 
 
-def _data_table(job: ExtractJob, part: Part) -> pa.Table:
+def embedding_rows(job: ExtractJob, part: Part) -> pa.Table:
     """Samples and embeddings side by side, columns in the order of the schema."""
     assert part.array is not None and part.samples is not None
     schema = embeddings_schema(part.array.shape[1], job.dtype, job.source.metadata_columns())

@@ -17,9 +17,9 @@ from engine.errors import BundleError, EngineError, ObjectNotFound, TableDamaged
 from engine.heads.bundle import MANIFEST, Bundle, open_bundle, report_uri
 from engine.lineage import lineage_of_part, lineage_of_table
 from engine.night import HELD_FOLDER, held_store, last_night
-from engine.parts import TableProgress, parse_part_name
+from engine.parts import PartName, TableProgress, parse_part_name
 from engine.storage import Store, open_store
-from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER, part_names
+from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER, is_of_images, part_names
 
 CLASSES_SHOWN = 12
 EXAMPLES = 3
@@ -46,7 +46,7 @@ def inspect_uri(store: Store) -> dict[str, Any]:
         StorageError: the store cannot be read.
     """
     part = parse_part_name(store.uri)
-    if part is not None and part.embedding8 is not None and f"/{DATA_FOLDER}" in store.uri:
+    if part is not None and f"/{DATA_FOLDER}" in store.uri and _is_of_predictions(part, store):
         return _inspect_prediction_part(store)
     for name, inspect in ((MANIFEST, _inspect_bundle), (RECORD_NAME, _inspect_table)):
         try:
@@ -129,8 +129,10 @@ def _inspect_table(store: Store) -> dict[str, Any]:
         "parts": len(listed),
         "bytes": sum(info.size for info in listed),
     }
+    if record["kind"] != "predictions" or is_of_images(record):
+        facts["parts_with_rejects"] = sum(1 for _ in store.names(REJECTS_FOLDER))
     if record["kind"] != "predictions":
-        return facts | {"parts_with_rejects": sum(1 for _ in store.names(REJECTS_FOLDER))}
+        return facts
     steps = [asdict(step) for step in lineage_of_table(store, record)]
     return facts | _nights_of(store) | {"lineage": steps}
 
@@ -143,6 +145,16 @@ def _nights_of(store: Store) -> dict[str, Any]:
     if last and isinstance(gate := (night or {}).get("gate"), dict):
         last["passes_gate"] = gate.get("passes")
     return {"held_parts": sum(1 for _ in part_names(held_store(store))), "last_night": last}
+
+
+def _is_of_predictions(part: PartName, file: Store) -> bool:
+    """By its name, or else by what its table says; one that says nothing is taken for one of embeddings."""
+    if part.embedding8 is not None:
+        return True
+    try:
+        return is_of_images(_record_of(open_store(file.uri.rpartition(f"/{DATA_FOLDER}")[0], file.config)))
+    except EngineError:
+        return False
 
 
 def _inspect_prediction_part(file: Store) -> dict[str, Any]:

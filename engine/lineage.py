@@ -21,13 +21,17 @@ from engine.tables import (
     EmbeddingPartFacts,
     PredictionPartFacts,
     Record,
+    ShardPartFacts,
+    ShardPredictionFacts,
+    is_of_images,
     read_embedding_facts,
     read_part,
     read_prediction_facts,
     read_record,
+    read_shard_prediction_facts,
 )
 
-State = Literal["same", "changed", "gone", "unreadable", "unknown"]
+State = Literal["same", "changed", "gone", "unreadable", "unknown", "none"]
 NOT_SAID = "not said: written by an older engine"
 
 
@@ -38,8 +42,8 @@ class Step:
     Attributes:
         what: "bundle", "fitted on", "embeddings", "embedding part", "source" or "shard".
         uri: where it lay; None where nothing says so.
-        state: as it was (`same`), another one is there (`changed`), `gone`, out of reach or damaged (`unreadable`), or
-            `unknown`.
+        state: as it was (`same`), another one is there (`changed`), `gone`, out of reach or damaged (`unreadable`),
+            `unknown`, or `none` where there never was one.
         says: the same for people, with what there is to know.
     """
 
@@ -56,6 +60,9 @@ def lineage_of_table(table: Store, record: Mapping[str, Any]) -> list[Step]:
         table: rooted at it; the rest is reached with the same storage settings.
         record: its `_table.json`.
     """
+    if is_of_images(record):
+        steps = _bundle_steps(table, record.get("bundle_uri"), record.get("bundle"))
+        return [*steps, _no_embeddings(record), _source_step(table, record)]
     scored, embeddings = _embeddings_step(table, record)
     steps = [*_bundle_steps(table, record.get("bundle_uri"), record.get("bundle")), scored]
     return [*steps, _source_step(table, embeddings)]
@@ -72,30 +79,51 @@ def lineage_of_part(table: Store, record: Mapping[str, Any], path: str) -> tuple
     Raises:
         ObjectNotFound, TableDamaged: it is gone, or not a prediction part.
     """
+    name = parse_part_name(path)
+    assert name is not None
+    if name.embedding8 is None:
+        return _lineage_of_shard_part(table, record, name)
     info = table.info(path)
     facts = read_prediction_facts(table, info)
-    told: dict[str, Any] = {
-        "rows": facts.rows,
-        "bundle": facts.bundle,
-        "fingerprint": facts.fingerprint,
-        "recipe_sha256": facts.recipe_sha256 or NOT_SAID,
-        "recipe": _recipe_in_words(facts, record),
-        "engine_version": facts.engine_version or NOT_SAID,
-    }
+    told = {"rows": facts.rows, **_told(facts, record)}
     embeddings_uri = record.get("source_uri")
     part, scored = _embedding_part_step(table, embeddings_uri, facts)
     steps = [*_bundle_steps(table, record.get("bundle_uri"), facts.bundle), part]
     _, embeddings = _embeddings_step(table, record)
-    name = parse_part_name(path)
-    assert name is not None
     shard = scored.shard if scored is not None else _shard_of_rows(table, path)
     return told, [*steps, _shard_step(table, embeddings, name, shard, scored)]
 
 
-def _recipe_in_words(facts: PredictionPartFacts, record: Mapping[str, Any]) -> str:
-    if facts.recipe_sha256 is None or "contract" not in record:
+def _lineage_of_shard_part(
+    table: Store, record: Mapping[str, Any], name: PartName
+) -> tuple[dict[str, Any], list[Step]]:
+    """Of a part that was made straight from a shard."""
+    facts = read_shard_prediction_facts(table, name)
+    rows, rejects = facts.samples - facts.rejects, facts.rejects
+    steps = _bundle_steps(table, record.get("bundle_uri"), facts.bundle)
+    shard = _shard_step(table, record if "contract" in record else None, name, facts.shard, facts)
+    return {"rows": rows, "rejects": rejects, **_told(facts, record)}, [
+        *steps,
+        _no_embeddings(record),
+        shard,
+    ]
+
+
+def _told(facts: PredictionPartFacts | ShardPredictionFacts, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the footer of either kind says."""
+    return {
+        "bundle": facts.bundle,
+        "fingerprint": facts.fingerprint,
+        "recipe_sha256": facts.recipe_sha256 or NOT_SAID,
+        "recipe": _recipe_in_words(facts.recipe_sha256, record),
+        "engine_version": facts.engine_version or NOT_SAID,
+    }
+
+
+def _recipe_in_words(recipe_sha256: str | None, record: Mapping[str, Any]) -> str:
+    if recipe_sha256 is None or "contract" not in record:
         return "not compared with the table's"
-    same = facts.recipe_sha256 == stable_hash(record["contract"])
+    same = recipe_sha256 == stable_hash(record["contract"])
     return "that of the table" if same else "another one than the table's"
 
 
@@ -140,6 +168,10 @@ def _fitted_step(bundle: Bundle) -> Step:
 
 
 # ---------------------------------------------------------------- embeddings
+
+
+def _no_embeddings(record: Mapping[str, Any]) -> Step:
+    return Step("embeddings", None, "none", f"not kept: labelled straight from images; {_made(record)}")
 
 
 def _embeddings_step(table: Store, record: Mapping[str, Any]) -> tuple[Step, Record | None]:
@@ -202,6 +234,7 @@ def _embedding_part_step(
 
 
 def _source_step(table: Store, embeddings: Record | None) -> Step:
+    """Of the record of the table that was made from it."""
     uri = None if embeddings is None else embeddings.get("source_uri")
     if uri is None:
         return Step("source", None, "unknown", "only the embedding table says")
@@ -226,7 +259,7 @@ def _shard_step(
     embeddings: Record | None,
     name: PartName,
     shard: str | None,
-    then: EmbeddingPartFacts | None,
+    then: ShardPartFacts | None,
 ) -> Step:
     """The shard as it was when its embeddings were made, of which a part's name has a digest, and as it is now."""
     if shard is None:

@@ -48,6 +48,7 @@ from engine.extraction import (
     read_parts,
     write_part,
 )
+from engine.labelling import LabelJob, PartLabeller, write_labelled
 from engine.sizing import (
     READ_TASK_CPUS,
     SMALL_PART_BYTES,
@@ -222,13 +223,20 @@ class ObjectAnswer:
 
 
 def run_extract(
-    job: ExtractJob, setup: Answer, groups: Sequence[WorkList], sizing: Sizing
+    job: ExtractJob,
+    setup: Answer,
+    groups: Sequence[WorkList],
+    sizing: Sizing,
+    labels: LabelJob | None = None,
 ) -> Generator[Receipt]:
     """Stream shards through readers, actors and writers; receipts come as parts are committed, in any order.
 
     Readers begin while actors still wait for the setup.
 
     Where there are fewer read tasks than cores for them, the readers only read, and other tasks decode.
+
+    Args:
+        labels: what actors label, too; None: nothing, embeddings are all that is made.
 
     Raises:
         EngineError: as the first stage to fail raised it; parts committed so far stay.
@@ -254,7 +262,7 @@ def run_extract(
         )
     dataset = dataset.map_batches(
         _EmbedActor,
-        fn_constructor_args=(job, setup, sizing.writers == 0),
+        fn_constructor_args=(job, setup, sizing.writers == 0, labels),
         compute=ActorPoolStrategy(
             min_size=sizing.min_actors,
             max_size=sizing.actors,
@@ -271,7 +279,7 @@ def run_extract(
     if sizing.writers:
         dataset = dataset.map_batches(
             _write_row,
-            fn_args=(job,),
+            fn_args=(job, labels),
             compute=TaskPoolStrategy(size=sizing.writers),
             num_cpus=WRITE_TASK_CPUS,
             memory=WRITER_BYTES,
@@ -397,11 +405,11 @@ class _EmbedActor:
         writes: write each part as well, while another is computed on.
     """
 
-    def __init__(self, job: ExtractJob, setup: Answer, writes: bool) -> None:
+    def __init__(self, job: ExtractJob, setup: Answer, writes: bool, labels: LabelJob | None) -> None:
         self._stage: Stage | EngineError
         try:
-            embed = PartEmbedder(job, setup)
-            self._stage = (lambda row: write_part(job, embed(row))) if writes else embed
+            embed = PartEmbedder(job, setup) if labels is None else PartLabeller(job, labels, setup)
+            self._stage = (lambda row: _written(job, labels, embed(row))) if writes else embed
         except EngineError as error:
             self._stage = error
 
@@ -413,8 +421,12 @@ def _decode_row(row: pa.Table, job: ExtractJob) -> pa.Table:
     return _guarded(lambda part: decode_part(job, part), row)
 
 
-def _write_row(row: pa.Table, job: ExtractJob) -> pa.Table:
-    return _guarded(lambda part: write_part(job, part), row)
+def _write_row(row: pa.Table, job: ExtractJob, labels: LabelJob | None) -> pa.Table:
+    return _guarded(lambda part: _written(job, labels, part), row)
+
+
+def _written(job: ExtractJob, labels: LabelJob | None, row: pa.Table) -> pa.Table:
+    return write_part(job, row) if labels is None else write_labelled(job, labels, row)
 
 
 class _ItemActor:

@@ -3,7 +3,8 @@
 Pure functions of paths and identities; nothing here touches storage. A part's name is
 
     <slug>.<path16>.<source8>.<part:05d>[.last].parquet                      an embedding or rejects part
-    <slug>.<path16>.<source8>.<embedding8>.<part:05d>[.last].parquet         a prediction part
+    <slug>.<path16>.<source8>.<embedding8>.<part:05d>[.last].parquet         a prediction part made of an embedding part
+    <slug>.<path16>.<source8>.<part:05d>[.last].parquet                      one made straight from the shard
 
     also/<a prediction part's name without .parquet>.jsonl or .csv                  its copy for people
 
@@ -18,7 +19,7 @@ import copy
 import hashlib
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,7 +78,7 @@ def parse_copy_path(path: str) -> tuple[PartName, str] | None:
     """The part that a copy belongs to, and its form; None for a file that is no copy."""
     match = _COPY_PATH.fullmatch(path)
     name = parse_part_name(f"{match['stem']}{_EXTENSION}") if match else None
-    return None if match is None or name is None or name.embedding8 is None else (name, match["form"])
+    return None if match is None or name is None else (name, match["form"])
 
 
 def path16_of(shard_path: str) -> str:
@@ -133,6 +134,13 @@ class Progress:
             return len(self.numbers)
         existing = set(self.numbers)
         return next(number for number in range(len(self.numbers) + 1) if number not in existing)
+
+    @staticmethod
+    def in_all(tables: Sequence[Progress]) -> Progress:
+        """What exists in each of several tables of the same parts; where the shard ends, any of them can tell."""
+        numbers = set.intersection(*(set(one.numbers) for one in tables))
+        last = next((one.last for one in tables if one.last is not None), None)
+        return Progress(tuple(sorted(numbers)), last)
 
     def with_part(self, number: int, last: bool) -> Progress:
         """This and one more part."""

@@ -5,13 +5,13 @@ Pure: listings come in, values go out, so that `--plan` and the run agree. What 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from engine.errors import PruneRefused
-from engine.parts import NOTHING, TableProgress, hash8_of, path16_of
+from engine.parts import NOTHING, Progress, TableProgress, hash8_of, path16_of
 from engine.storage import ObjectInfo
 from engine.worklist import ShardWork, WorkList
 
@@ -30,10 +30,10 @@ class PendingShards:
         shards_older: of those, neither complete nor to be done now: they came before the time that was asked for.
         works: the others, in the order of their paths.
         replaced: shards whose table parts belong to another version of the object.
-        removed: shards in the table that the source no longer lists (by path16; names are hashes).
+        removed: shards in a table that the source no longer lists (by path16; names are hashes).
         regrouped: of those, taken out of `removed`: groups whose files are in another group now.
         bytes_total: size of all pending shards.
-        shards_in_table: of which the table has parts.
+        shards_in_table: of which the table has parts; of several, the one that has most.
     """
 
     shards_total: int
@@ -48,44 +48,65 @@ class PendingShards:
 
 
 def pending_shards(
-    shards: Iterable[ObjectInfo], progress: TableProgress, since: float | None = None
+    shards: Iterable[ObjectInfo],
+    progress: TableProgress,
+    *others: TableProgress,
+    since: float | None = None,
 ) -> PendingShards:
     """Set difference of a listing of the source and a listing of the table; nothing is kept of shards that are done.
 
     Args:
+        others: of further tables that are filled with the same parts; a shard is done when it is whole in all of them.
         since: leave out shards that came or were replaced before that, in seconds since 1970 UTC; such whose time is
             not known stay.
     """
     works = WorkList()
     replaced: list[str] = []
-    seen = np.zeros(len(progress), bool)
+    tables = [_Sighted(one) for one in (progress, *others)]
     total = older = 0
     for shard in shards:
         total += 1
-        path16, existing = path16_of(shard.path), NOTHING
-        at = progress.position(path16)
-        if at is not None:
-            seen[at] = True
-            versions, version = progress.at(at), hash8_of(shard.identity)
-            existing = versions.get(version, NOTHING)
-            if any(other != version for other in versions):
-                replaced.append(shard.path)
+        path16, version = path16_of(shard.path), hash8_of(shard.identity)
+        versions = [table.versions(path16) for table in tables]
+        if any(other != version for found in versions for other in found):
+            replaced.append(shard.path)
+        each = tuple(found.get(version, NOTHING) for found in versions)
+        existing = each[0] if len(each) == 1 else Progress.in_all(each)
         if existing.is_complete:
             continue
         if since is not None and shard.modified is not None and shard.modified < since:
             older += 1
         else:
-            works.append(ShardWork(shard, existing))
+            works.append(ShardWork(shard, existing, each if len(set(each)) > 1 else ()))
     return PendingShards(
         shards_total=total,
         shards_done=total - len(works) - older,
         works=works,
         replaced=tuple(replaced),
-        removed=tuple(path16 for path16, is_listed in zip(progress, seen, strict=True) if not is_listed),
+        removed=tuple(dict.fromkeys(path16 for table in tables for path16 in table.not_seen())),
         bytes_total=sum(works.sizes),
-        shards_in_table=len(progress),
+        shards_in_table=max(len(table.progress) for table in tables),
         shards_older=older,
     )
+
+
+class _Sighted:
+    """A table's progress, and which of its shards the source has."""
+
+    def __init__(self, progress: TableProgress) -> None:
+        self.progress, self._is_seen = progress, np.zeros(len(progress), bool)
+
+    def versions(self, path16: str) -> Mapping[str, Progress]:
+        """What there is of a shard, which the source has."""
+        at = self.progress.position(path16)
+        if at is None:
+            return {}
+        self._is_seen[at] = True
+        return self.progress.at(at)
+
+    def not_seen(self) -> Iterator[str]:
+        """path16 of the others."""
+        return (path16 for path16, seen in zip(self.progress, self._is_seen, strict=True) if not seen)
 
 
 def read_tasks(works: WorkList, min_tasks: int) -> list[WorkList]:

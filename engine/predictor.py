@@ -6,11 +6,12 @@ Shape letters: B rows, D embedding width, K classes, k top entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from engine.errors import TableDamaged
@@ -156,6 +157,39 @@ class Predictor:
 
     def _lists(self, name: str, values: pa.Array) -> pa.FixedSizeListArray:
         return pa.FixedSizeListArray.from_arrays(values, type=self.schema.field(name).type)
+
+
+@dataclass
+class BundleCounts:
+    """What was written for one bundle."""
+
+    parts: int = 0
+    rows: int = 0
+    abstained: int = 0
+    label_counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: BundleCounts) -> None:
+        """Count these too."""
+        self.parts, self.rows = self.parts + other.parts, self.rows + other.rows
+        self.abstained += other.abstained
+        for label, count in other.label_counts.items():
+            self.label_counts[label] = self.label_counts.get(label, 0) + count
+
+
+def counted(predictions: pa.Table) -> BundleCounts:
+    """Of one part: its rows, how many have no label, and how many have each."""
+    if "labels" in predictions.column_names:
+        labels = pc.list_flatten(predictions["labels"])
+        abstained = int(np.count_nonzero(pc.list_value_length(predictions["labels"]).to_numpy() == 0))
+    else:
+        labels, abstained = predictions["label"].drop_null(), predictions["label"].null_count
+    return BundleCounts(1, predictions.num_rows, abstained, value_counts(labels))
+
+
+def value_counts(labels: pa.ChunkedArray) -> dict[str, int]:
+    """How often each stands there."""
+    counts = pc.value_counts(labels)
+    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
 
 
 def top_k(values_BK: Floats, k: int) -> tuple[NDArray[np.int64], Floats]:

@@ -13,15 +13,27 @@ from engine.config import Config
 from engine.storage import Uri
 
 
-class EmbeddingOutput(Config):
-    """Where embeddings are written, and in which form."""
+class EmbeddingForm(Config):
+    """In which form embeddings are made."""
 
-    uri: Uri
-    """Folder of the embedding table."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number type of the embedding column; float16 halves the table and keeps about 3 digits."""
     rows_per_part: int | None = Field(None, ge=1, le=65_536)
     """Samples in one part; null: about 64 MB of pixels, a multiple of 64, at most 1,024."""
+
+
+class EmbeddingOutput(EmbeddingForm):
+    """Where embeddings are written, and in which form."""
+
+    uri: Uri
+    """Folder of the embedding table."""
+
+
+class PassingEmbeddings(EmbeddingForm):
+    """In which form embeddings are made on the way to predictions, and whether they are kept."""
+
+    uri: Uri | None = None
+    """Folder of an embedding table that keeps them, as `extract` would; null: they are not kept."""
 
 
 class ActorRange(Config):

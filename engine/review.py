@@ -32,13 +32,14 @@ from engine.heads.reference import Reference
 from engine.parts import PartName, prediction_name
 from engine.schema import SAMPLE_FIELDS
 from engine.storage import ObjectInfo, StorageConfig, Store, open_store
-from engine.tables import READ_THREADS, Table, embeddings_matrix, open_table, read_part
+from engine.tables import READ_THREADS, Table, embeddings_matrix, is_of_images, open_table, read_part
 
 CANDIDATES_PER_ROW = 20  # kept while the table is read, for each row of the queue
 HELD_BYTES = 1 << 30  # of candidates' embeddings, as float32: 200,000 at width 1,280
 NEAR_DUPLICATE = 0.98  # cosine above which two images are one to a person
 DISAGREEMENT, MARGIN, ABSTAINED, CONFIDENCE, FAR = "disagreement", "margin", "abstained", "confidence", "far"
 _LOT = "lot"
+_WITHOUT_EMBEDDINGS = "without embeddings, so rows by margin and confidence only, duplicates too: {}"
 _COLUMNS = ("key", "shard", "index", "label", "confidence", "top_labels", "top_confidences")
 
 
@@ -154,7 +155,8 @@ def review_queue(
         _look_at_embeddings(embeddings.store, candidates, _reference_of(table, notes))
     if second is not None and second.parts_absent:
         notes.append(f"{second.parts_absent:,} parts have rows that the other table does not label")
-    source_uri = None if embeddings is None else embeddings.record.get("source_uri")
+    of_shards = table if is_of_images(table.record) else embeddings
+    source_uri = None if of_shards is None else of_shards.record.get("source_uri")
     chosen = _chosen(candidates, count, near_duplicate)
     if len(chosen) < min(count, len(candidates)):
         notes.append(
@@ -229,11 +231,14 @@ def _top_k(table: Table) -> int:
 
 def _embeddings_of(table: Table, notes: list[str]) -> Table | None:
     """The table that was scored; None, and a note, where it cannot be had."""
+    if is_of_images(table.record):
+        notes.append(_WITHOUT_EMBEDDINGS.format("they were not kept when the images were scored"))
+        return None
     try:
         return open_table(open_store(table.record["source_uri"], table.store.config))
     except (EngineError, KeyError) as error:
         said = error.thing if isinstance(error, EngineError) else f"the table's record has no {error}"
-        notes.append(f"without embeddings, so rows by margin and confidence only, duplicates too: {said}")
+        notes.append(_WITHOUT_EMBEDDINGS.format(said))
         return None
 
 

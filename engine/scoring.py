@@ -6,9 +6,8 @@ import json
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,7 +17,7 @@ from engine.errors import TableDamaged
 from engine.heads.bundle import open_bundle
 from engine.heads.reference import Reference
 from engine.parts import PartName, parse_part_name, prediction_name
-from engine.predictor import Predictor
+from engine.predictor import BundleCounts, Predictor, counted, value_counts
 from engine.storage import ObjectInfo, StorageConfig, open_store
 from engine.tables import PredictionPartFacts, embeddings_matrix, read_part, write_prediction_part
 
@@ -69,23 +68,6 @@ class PendingPart:
 
     info: ObjectInfo
     bundles: tuple[int, ...]
-
-
-@dataclass
-class BundleCounts:
-    """What was written for one bundle."""
-
-    parts: int = 0
-    rows: int = 0
-    abstained: int = 0
-    label_counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, other: BundleCounts) -> None:
-        """Count these too."""
-        self.parts, self.rows = self.parts + other.parts, self.rows + other.rows
-        self.abstained += other.abstained
-        for label, count in other.label_counts.items():
-            self.label_counts[label] = self.label_counts.get(label, 0) + count
 
 
 @dataclass(frozen=True)
@@ -140,7 +122,7 @@ class PartScorer:
         self._job = job
         self._embeddings = open_store(job.embeddings_uri, job.storage)
         self._tables = {place: open_store(one.table_uri, job.storage) for place, one in job.bundles.items()}
-        self._predictors = {place: _predictor(one, job.storage) for place, one in job.bundles.items()}
+        self._predictors = {place: open_predictor(one, job.storage) for place, one in job.bundles.items()}
         self._references = {
             place: _reference(one, job.storage) for place, one in job.bundles.items() if one.counts_in_footers
         }
@@ -161,10 +143,9 @@ class PartScorer:
                     predictions = self._predictors[place].predict_table(embeddings)
                     if len(writes) >= WRITES_AT_ONCE:
                         writes.popleft().result()
-                    counted = _counted(predictions)
                     facts = self._facts(part.info, place, predictions, embeddings)
                     writes.append(self._writers.submit(self._write, place, predictions, facts))
-                    counts[place].add(counted)
+                    counts[place].add(counted(predictions))
             for write in writes:
                 write.result()
         finally:
@@ -200,14 +181,8 @@ class PartScorer:
         name = parse_part_name(info.path)
         if name is None:
             raise TableDamaged(f"{info.path}: not the name of a part")
-        facts = PredictionPartFacts(
-            bundle=self._job.bundles[place].bundle_id,
-            fingerprint=self._job.fingerprint,
-            embedding_part=str(name),
-            embedding_identity=info.identity,
-            rows=predictions.num_rows,
-            recipe_sha256=self._job.bundles[place].recipe_sha256,
-            engine_version=__version__,
+        facts = prediction_facts(
+            self._job.bundles[place], self._job.fingerprint, name, info.identity, predictions.num_rows
         )
         if place not in self._references:
             return facts
@@ -215,14 +190,14 @@ class PartScorer:
         if reference is not None:
             cosines_N = reference.cosines(embeddings_matrix(embeddings["embedding"]))
             cosine_counts = tuple(reference.histogram(cosines_N).tolist())
-        counted = _counted(predictions)
-        answers = counted.label_counts
+        found = counted(predictions)
+        answers = found.label_counts
         if "label" in predictions.column_names:
-            answers = _value_counts(pc.list_element(predictions["top_labels"], 0))
+            answers = value_counts(pc.list_element(predictions["top_labels"], 0))
         return replace(
             facts,
             answer_counts=answers,
-            abstained=counted.abstained,
+            abstained=found.abstained,
             cosine_counts=cosine_counts,
             reference_sha256=sha256,
         )
@@ -241,22 +216,27 @@ def _reference(job: BundleJob, storage: StorageConfig) -> tuple[Reference | None
     return bundle.reference(), bundle.reference_sha256
 
 
-def _predictor(job: BundleJob, storage: StorageConfig) -> Predictor:
+def open_predictor(job: BundleJob, storage: StorageConfig) -> Predictor:
+    """The bundle that the run began with, ready to answer as its table says.
+
+    Raises:
+        BundleError: it is damaged, or another one was published since the run began.
+    """
     bundle = open_bundle(open_store(job.bundle_uri, storage), job.bundle_id)
     decisions = job.decisions
     return Predictor(bundle, decisions.top_k, decisions.min_confidences, decisions.labels)
 
 
-def _counted(predictions: pa.Table) -> BundleCounts:
-    """Of one part: its rows, how many have no label, and how many have each."""
-    if "labels" in predictions.column_names:
-        labels = pc.list_flatten(predictions["labels"])
-        abstained = int(np.count_nonzero(pc.list_value_length(predictions["labels"]).to_numpy() == 0))
-    else:
-        labels, abstained = predictions["label"].drop_null(), predictions["label"].null_count
-    return BundleCounts(1, predictions.num_rows, abstained, _value_counts(labels))
-
-
-def _value_counts(labels: pa.ChunkedArray) -> dict[str, int]:
-    counts = pc.value_counts(labels)
-    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+def prediction_facts(
+    job: BundleJob, fingerprint: str, part: PartName, identity: str, rows: int
+) -> PredictionPartFacts:
+    """The footer of predictions for a version of an embedding part."""
+    return PredictionPartFacts(
+        bundle=job.bundle_id,
+        fingerprint=fingerprint,
+        embedding_part=str(part),
+        embedding_identity=identity,
+        rows=rows,
+        recipe_sha256=job.recipe_sha256,
+        engine_version=__version__,
+    )

@@ -1,9 +1,12 @@
 """Tables on storage: the record that names a table's contract, its parts, and the sweep of replaced ones.
 
-A table is a folder: `_table.json`, `data/<part>`, for embeddings `rejects/<part>`, and for predictions perhaps
+A table is a folder: `_table.json`, `data/<part>`, where shards were read `rejects/<part>`, and for predictions perhaps
 `also/<part>.jsonl` and `.csv`, copies for people. The PUT of a data part is
 the commit; everything a part says about itself stands in its Parquet footer. Names are `engine.parts`' business,
 what is computed in between is not known here.
+
+Predictions are made of embedding parts, or straight from shards; then their table accounts for every sample of a shard
+as an embedding table does.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from engine.copies import written_as
 from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, TableDamaged
 from engine.parts import (
     COPIES_FOLDER,
+    NOTHING,
     PartName,
     Progress,
     TableProgress,
@@ -93,6 +97,11 @@ def read_record(store: Store, kind: str) -> Record | None:
         )
     result: Record = record
     return result
+
+
+def is_of_images(record: Record) -> bool:
+    """Whether it is of a prediction table that was made straight from images, and not of an embedding table."""
+    return record.get("kind") == "predictions" and "source.uri" in record.get("contract", ())
 
 
 def require_record(store: Store, kind: str) -> Record:
@@ -165,11 +174,11 @@ def check_contract(record: Record, contract: Mapping[str, Any], table_uri: str) 
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingPartFacts:
-    """Footer of an embedding part.
+class ShardPartFacts:
+    """What the footer of every part says that was made from a shard.
 
     Attributes:
-        fingerprint: of the network that made it.
+        fingerprint: of the network that made it, or the embeddings it was predicted from.
         source_uri: root that `shard` is relative to.
         shard: relative path of the shard.
         identity: of the shard's object when it was read.
@@ -178,8 +187,6 @@ class EmbeddingPartFacts:
         samples: rows + rejects.
         rejects: samples that have no row.
         rejects_sha256: hex digest of the rejects file, or None where there are no rejects.
-        embeddings_sha256: hex digest of the embedding numbers, row by row, little-endian.
-        schema_version: of the columns.
     """
 
     fingerprint: str
@@ -191,13 +198,41 @@ class EmbeddingPartFacts:
     samples: int
     rejects: int
     rejects_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPartFacts(ShardPartFacts):
+    """Footer of an embedding part.
+
+    Attributes:
+        embeddings_sha256: hex digest of the embedding numbers, row by row, little-endian.
+        schema_version: of the columns.
+    """
+
     embeddings_sha256: str
     schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True, slots=True)
+class ShardPredictionFacts(ShardPartFacts):
+    """Footer of a prediction part that was made straight from a shard: which bundle labelled it.
+
+    Attributes:
+        bundle: its id.
+        recipe_sha256: of what decides the predictions: the table's contract, as `stable_hash` spells it.
+        engine_version: that scored it.
+        schema_version: of the columns.
+    """
+
+    bundle: str
+    recipe_sha256: str
+    engine_version: str
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True)
 class PredictionPartFacts:
-    """Footer of a prediction part: which bundle scored which version of which embedding part.
+    """Footer of a prediction part made of an embedding part: which bundle scored which version of which.
 
     Attributes:
         answer_counts: rows by their first candidate, whatever its confidence, or each of their several labels; None
@@ -225,12 +260,12 @@ class PredictionPartFacts:
     engine_version: str | None = None
 
 
-PartFacts = EmbeddingPartFacts | PredictionPartFacts
+PartFacts = EmbeddingPartFacts | PredictionPartFacts | ShardPredictionFacts
 
 
 def write_embedding_part(
     store: Store, name: PartName, data: pa.Table, rejects: pa.Table, facts: EmbeddingPartFacts
-) -> int:
+) -> ObjectInfo:
     """Write rejects, then data; the data PUT commits both.
 
     Args:
@@ -239,21 +274,46 @@ def write_embedding_part(
         facts: `rejects_sha256` and `embeddings_sha256` are filled in here.
 
     Returns:
-        Bytes written.
+        The data part, with the identity that it has now.
     """
-    reject_bytes = _parquet_bytes(rejects, None) if rejects.num_rows else b""
-    if reject_bytes:
-        store.write(f"{REJECTS_FOLDER}{name}", reject_bytes)
-    else:
-        store.delete(f"{REJECTS_FOLDER}{name}")
     facts = dataclasses.replace(
         facts,
-        rejects_sha256=hashlib.sha256(reject_bytes).hexdigest() if reject_bytes else None,
+        rejects_sha256=_write_rejects(store, name, rejects),
         embeddings_sha256=embeddings_digest(data["embedding"]),
     )
-    data_bytes = _parquet_bytes(data, facts)
-    store.write(f"{DATA_FOLDER}{name}", data_bytes)
-    return len(reject_bytes) + len(data_bytes)
+    return store.write(f"{DATA_FOLDER}{name}", _parquet_bytes(data, facts))
+
+
+def write_shard_predictions(
+    store: Store,
+    name: PartName,
+    data: pa.Table,
+    rejects: pa.Table,
+    facts: ShardPredictionFacts,
+    also: Iterable[str] = (),
+) -> None:
+    """Write rejects and copies for people, then data; the data PUT commits them all.
+
+    Args:
+        data: rows of `predictions_schema`; may have no rows.
+        rejects: as of `write_embedding_part`.
+        facts: `rejects_sha256` is filled in here.
+        also: forms of the copies, as in `engine.copies.FORMS`.
+    """
+    facts = dataclasses.replace(facts, rejects_sha256=_write_rejects(store, name, rejects))
+    for form in also:
+        store.write(copy_path(name, form), written_as(data, form))
+    store.write(f"{DATA_FOLDER}{name}", _parquet_bytes(data, facts))
+
+
+def _write_rejects(store: Store, name: PartName, rejects: pa.Table) -> str | None:
+    """Their digest; None where there are none, and no file."""
+    if not rejects.num_rows:
+        store.delete(f"{REJECTS_FOLDER}{name}")
+        return None
+    encoded = _parquet_bytes(rejects, None)
+    store.write(f"{REJECTS_FOLDER}{name}", encoded)
+    return hashlib.sha256(encoded).hexdigest()
 
 
 def write_prediction_part(
@@ -287,6 +347,19 @@ def read_embedding_facts(store: Store, name: PartName) -> EmbeddingPartFacts:
     return EmbeddingPartFacts(**_footer(store, store.info(f"{DATA_FOLDER}{name}"), EmbeddingPartFacts))
 
 
+def read_shard_prediction_facts(store: Store, name: PartName) -> ShardPredictionFacts:
+    """Footer of one prediction part that was made straight from a shard; errors as `read_embedding_facts`."""
+    return ShardPredictionFacts(**_footer(store, store.info(f"{DATA_FOLDER}{name}"), ShardPredictionFacts))
+
+
+def read_shard_facts(store: Store, name: PartName) -> ShardPartFacts:
+    """What the footer of one part says of its shard, in a table of either kind; errors as `read_embedding_facts`."""
+    info = store.info(f"{DATA_FOLDER}{name}")
+    wanted = [field.name for field in dataclasses.fields(ShardPartFacts)]
+    found = _footer(store, info, EmbeddingPartFacts, ShardPredictionFacts)
+    return ShardPartFacts(**{field: found[field] for field in wanted})
+
+
 def read_prediction_facts(store: Store, info: ObjectInfo) -> PredictionPartFacts:
     """Footer of one prediction part, by ranged reads of its end only.
 
@@ -297,22 +370,29 @@ def read_prediction_facts(store: Store, info: ObjectInfo) -> PredictionPartFacts
     return PredictionPartFacts(**_footer(store, info, PredictionPartFacts))
 
 
-def _footer(store: Store, info: ObjectInfo, kind: type[PartFacts]) -> dict[str, Any]:
-    wanted = {field.name for field in dataclasses.fields(kind)}
-    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+def _footer(store: Store, info: ObjectInfo, *kinds: type[PartFacts]) -> dict[str, Any]:
+    """The fields of a footer of one of these kinds."""
     try:
         metadata = pq.read_metadata(_PartEnd(store, info)).metadata or {}
         found: dict[str, Any] = json.loads(metadata[FOOTER_KEY])
-        if not required <= set(found) <= wanted:
+        if not any(_required(kind) <= set(found) <= _known(kind) for kind in kinds):
             raise ValueError(f"a footer with the fields {', '.join(sorted(found))}")
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise TableDamaged(
             f"{store.uri}/{info.path}: not a part of such a table",
             found=repr(error),
-            wanted=f"a footer with the fields {', '.join(sorted(required))}",
+            wanted=f"a footer with the fields {', '.join(sorted(_required(kinds[0])))}",
             way_out="delete the file and run the job that wrote it again",
         ) from None
     return found
+
+
+def _known(kind: type[PartFacts]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _required(kind: type[PartFacts]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
 
 
 def embeddings_digest(embedding: pa.ChunkedArray) -> str:
@@ -538,11 +618,22 @@ def sweep(store: Store, identity8_now: Callable[[str], str | None]) -> int:
         if current in versions and versions[current].is_complete:
             superseded.update((path16, version) for version in versions if version != current)
     doomed = [name for name in candidates if (name.path16, name.source8) in superseded]
-    for name in doomed:
-        store.delete(f"{DATA_FOLDER}{name}")  # data first: rejects without their data part do not count
-        store.delete(f"{REJECTS_FOLDER}{name}")
+    _delete_parts(store, doomed)
     _sweep_orphaned_rejects(store, identity8_now)
+    _sweep_orphaned_copies(store, identity8_now)
     return len(doomed)
+
+
+def _delete_parts(store: Store, doomed: Sequence[PartName]) -> None:
+    """Delete parts with all that belongs to them; data first: rejects and copies without it do not count."""
+    copies: dict[PartName, list[str]] = {}
+    for path, name in _copies(store) if doomed else ():
+        copies.setdefault(name, []).append(path)
+    for name in doomed:
+        store.delete(f"{DATA_FOLDER}{name}")
+        store.delete(f"{REJECTS_FOLDER}{name}")
+        for path in copies.get(name, ()):
+            store.delete(path)
 
 
 def _sweep_orphaned_rejects(store: Store, identity8_now: Callable[[str], str | None]) -> None:
@@ -558,6 +649,24 @@ def _sweep_orphaned_rejects(store: Store, identity8_now: Callable[[str], str | N
             current = identity8_now(path) if path is not None else None
             if current is not None and current != name.source8:
                 store.delete(f"{REJECTS_FOLDER}{name}")
+
+
+def _sweep_orphaned_copies(store: Store, identity8_now: Callable[[str], str | None]) -> None:
+    """Delete copies of old versions without their data part, likewise; other versions say which shard it is."""
+    copies = list(_copies(store))
+    if not copies:
+        return
+    progress = table_progress(store)
+    orphaned = [
+        (path, name)
+        for path, name in copies
+        if not progress.get(name.path16, {}).get(name.source8, NOTHING).has(name)
+    ]
+    paths = shard_paths(store, frozenset(name.path16 for _, name in orphaned))
+    for path, name in orphaned:
+        current = identity8_now(paths[name.path16]) if name.path16 in paths else None
+        if current is not None and current != name.source8:
+            store.delete(path)
 
 
 def _path_in_rejects(store: Store, name: PartName) -> str | None:
@@ -594,7 +703,7 @@ def _path_in_footers(store: Store, names: Iterable[PartName]) -> str | None:
     """From the first part that is there and whole: another run may sweep them away, and `verify` names damage."""
     for name in names:
         with contextlib.suppress(ObjectNotFound, ObjectChanged, TableDamaged):
-            return read_embedding_facts(store, name).shard
+            return read_shard_facts(store, name).shard
     return None
 
 
@@ -613,9 +722,7 @@ def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]
     paths = _paths_of(store, parts)
     gone = {path16 for path16, path in paths.items() if is_gone(path)}
     doomed = [name for name in parts if name.path16 in gone]
-    for name in doomed:
-        store.delete(f"{DATA_FOLDER}{name}")
-        store.delete(f"{REJECTS_FOLDER}{name}")
+    _delete_parts(store, doomed)
     return len(doomed), [path for path16, path in paths.items() if path16 not in gone]
 
 

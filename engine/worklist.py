@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final, overload
+from typing import Any, final, overload
 
 from engine.parts import NOTHING, Progress
 from engine.storage import ObjectInfo
@@ -17,10 +17,20 @@ from engine.storage import ObjectInfo
 @final
 @dataclass(frozen=True, slots=True)
 class ShardWork:
-    """One shard that is not complete, and which of its parts exist."""
+    """One shard that is not complete, and which of its parts exist.
+
+    Attributes:
+        existing: in every table that is filled.
+        tables: in each of several, where they differ; else empty.
+    """
 
     shard: ObjectInfo
     existing: Progress = NOTHING
+    tables: tuple[Progress, ...] = ()
+
+    def lacking(self, number: int) -> tuple[int, ...]:
+        """Places of the tables that lack a part; empty where all do."""
+        return tuple(place for place, one in enumerate(self.tables) if number not in one.numbers)
 
 
 @final
@@ -32,6 +42,8 @@ class WorkList(Sequence[ShardWork]):
         self._ends = array("Q")  # of each text
         self._sizes = array("Q")
         self._existing: dict[int, Progress] = {}  # of the few that are half done
+        self._tables: dict[int, tuple[Progress, ...]] = {}
+        self._same: dict[Any, Any] = {}  # one object for all that are equal: there may be as many as shards
         for work in works:
             self.append(work)
 
@@ -40,7 +52,9 @@ class WorkList(Sequence[ShardWork]):
             self._texts += text.encode("utf-8", "surrogateescape")
             self._ends.append(len(self._texts))
         if work.existing != NOTHING:
-            self._existing[len(self._sizes)] = work.existing
+            self._existing[len(self._sizes)] = self._same.setdefault(work.existing, work.existing)
+        if work.tables:
+            self._tables[len(self._sizes)] = self._same.setdefault(work.tables, work.tables)
         self._sizes.append(work.shard.size)
 
     @property
@@ -62,7 +76,7 @@ class WorkList(Sequence[ShardWork]):
             return WorkList(self[position] for position in range(*at.indices(len(self))))
         position = range(len(self))[at]  # negative ones, and the IndexError
         shard = ObjectInfo(self._text(2 * position), self._sizes[position], self._text(2 * position + 1))
-        return ShardWork(shard, self._existing.get(position, NOTHING))
+        return ShardWork(shard, self._existing.get(position, NOTHING), self._tables.get(position, ()))
 
     def _text(self, number: int) -> str:
         begin = self._ends[number - 1] if number else 0

@@ -152,9 +152,22 @@ def finetune(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as
 
 
 @app.command()
-def score(recipe: Recipe, overrides: Overrides = None, plan: Plan = False, as_json: Json = False) -> None:
-    """Label an embedding table with a bundle; writes prediction parts, only what is new."""
-    _run_job("score", recipe, overrides, plan, as_json)
+def score(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    prune: Annotated[bool, typer.Option("--prune", help="As of extract; only with `source`.")] = False,
+    prune_up_to: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="As of extract; only with `source`.")
+    ] = None,
+    replay_rejects: Annotated[
+        bool, typer.Option("--replay-rejects", help="As of extract; only with `source`.")
+    ] = False,
+    plan: Plan = False,
+    as_json: Json = False,
+) -> None:
+    """Label an embedding table, or images, with bundles; writes prediction parts, only what is new."""
+    options = {"prune": prune, "prune_up_to": prune_up_to, "replay_rejects": replay_rejects}
+    _run_job("score", recipe, overrides, plan, as_json, options)
 
 
 @app.command()

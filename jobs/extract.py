@@ -18,18 +18,21 @@ from typing import TYPE_CHECKING, Any
 from engine import __version__
 from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
-from engine.errors import ObjectNotFound
-from engine.recipes import Compute, EmbeddingOutput, Limits
+from engine.errors import ContractMismatch, ObjectNotFound
+from engine.recipes import Compute, EmbeddingForm, EmbeddingOutput, Limits
 from engine.runtimes.kinds import RuntimeConfig, TensorFlowRuntimeConfig
 from engine.shards.kinds import SourceConfig
 from engine.storage import StorageConfig
 from jobs.outcome import Outcome, new_run_id, progress_bar, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections import Counter
+    from collections.abc import Iterator, Sequence
 
     from engine.accounting import RunTotals
+    from engine.errors import EngineError, OverBudget
     from engine.extraction import Answer, ExtractJob, Receipt, Setup
+    from engine.labelling import LabelJob
     from engine.parts import TableProgress
     from engine.plan import PendingShards
     from engine.resolve import Archive, Resolution
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from engine.tables import Record
 
 
-class ExtractRecipe(Config):
-    """Recipe of `extract`: image shards in, an embedding table out."""
+class ImageRecipe(Config):
+    """What turns image shards into embeddings."""
 
     source: SourceConfig
     """The archive of images, and what a sample of it holds."""
@@ -50,12 +53,82 @@ class ExtractRecipe(Config):
     """The frozen network, where it is cut, and how images are fitted to its input."""
     runtime: RuntimeConfig = TensorFlowRuntimeConfig()
     """How the frozen network is run."""
-    output: EmbeddingOutput
-    """Where the embedding table is."""
+    output: EmbeddingForm
+    """In which form they are made."""
     compute: Compute = Compute()
     """What runs where."""
     limits: Limits = Limits()
     """What makes a reject, and how many are too many."""
+
+
+class ExtractRecipe(ImageRecipe):
+    """Recipe of `extract`: image shards in, an embedding table out."""
+
+    output: EmbeddingOutput
+    """Where the embedding table is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What a pass over images makes of its embeddings besides keeping them, or instead; picklable.
+
+    Attributes:
+        job: the bundles, and whether embeddings are kept.
+        made_with: `_table.json` of the embeddings that the bundles were fitted on: the network must be that one.
+        records: of each bundle what its table's record says: all of it where embeddings are kept, else what it says
+            besides how they were made.
+    """
+
+    job: LabelJob
+    made_with: Record
+    records: tuple[Record, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePass:
+    """Shards through a backbone into tables: what `extract` does, and `score` with images; picklable.
+
+    Attributes:
+        verb: for messages.
+        tables: URIs of those that are filled part by part; a shard is done when it is whole in all of them.
+        labels: None: embeddings are all that is made.
+    """
+
+    verb: str
+    recipe: ImageRecipe
+    tables: tuple[str, ...]
+    labels: Labels | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of those tables."""
+        return "embeddings" if self.labels is None or self.labels.job.keeps_embeddings else "predictions"
+
+    def stores(self) -> list[Store]:
+        """The tables."""
+        from engine.storage import open_store
+
+        return [open_store(uri, self.recipe.storage) for uri in self.tables]
+
+    def records(self) -> list[Record | None]:
+        """Of each table what it says of itself; None where it has not been begun."""
+        from engine.tables import read_record
+
+        return [read_record(store, self.kind) for store in self.stores()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """How a pass went.
+
+    Attributes:
+        summary: its counts, without what the verb is called and what it fills.
+        verdict: what decides the exit code although the work is done.
+    """
+
+    totals: RunTotals
+    summary: dict[str, Any]
+    verdict: EngineError | None
 
 
 def run(
@@ -78,40 +151,64 @@ def run(
         since: only shards that came or were replaced after that, in seconds since 1970 UTC; the others stay pending.
         until: stop between two parts when `time.monotonic()` says so; the next run goes on there.
     """
-    from engine.accounting import RunTotals, failed_shards_verdict, reject_verdict
+    run_id = new_run_id("extract")
+    passed = run_pass(
+        _pass_of(recipe),
+        prune=prune,
+        prune_up_to=prune_up_to,
+        replay_rejects=replay_rejects,
+        since=since,
+        stop=Stop(profile, until),
+    )
+    summary = {"verb": "extract", "run_id": run_id, "table": recipe.output.uri, **passed.summary}
+    return Outcome(summary, passed.verdict)
+
+
+def _pass_of(recipe: ExtractRecipe) -> ImagePass:
+    return ImagePass("extract", recipe, (recipe.output.uri,))
+
+
+def run_pass(
+    work: ImagePass,
+    *,
+    prune: bool,
+    prune_up_to: int | None,
+    replay_rejects: bool,
+    since: float | None,
+    stop: Stop,
+) -> Passed:
+    """Do what is pending, clean up, and judge the tables; arguments as of `run`."""
+    from engine.accounting import RunTotals, failed_shards_verdict
     from engine.cluster_head import joins_cluster
     from engine.plan import check_prune
     from engine.tables import require_writable
     from engine.this_machine import machines_here
 
-    started, run_id = time.monotonic(), new_run_id("extract")
+    started, recipe = time.monotonic(), work.recipe
     prune = prune or prune_up_to is not None
-    source, table, record, pending = _look(recipe, replay_rejects, since)
-    _announce(recipe, pending, prune)
+    source, records, pending = _look(work, replay_rejects, since)
+    _announce(work, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
-    totals, here = RunTotals(), machines_here()
+    totals, here, record = RunTotals(), machines_here(), any_of(records)
     sizing, machines = _sizing(recipe, record, here), here
     totals.start(pending.works)
     if pending.works and not joins_cluster(recipe.compute.address):
         _require_room(sizing, here, can_grow=False)
-    if record is None:
-        require_writable(table)
+    for table, found in zip(work.stores(), records, strict=True):
+        if found is None:
+            require_writable(table)
     num_groups = 0
     left = len(pending.works)
-    if record is None or pending.works or not _names_same_backbone(recipe, record):
-        stop = _Stop(profile, until)
-        sizing, machines, num_groups, record = _extract(recipe, record, pending, totals, here, stop)
+    if record is None or None in records or pending.works or not _names_same_backbone(recipe, record):
+        sizing, machines, num_groups, record = _extract(work, record, pending, totals, here, stop)
         left -= totals.shards_done + totals.shards.failed
         if not stop.was_asked:
             totals.require_whole()
-    pruned = _clean_up(recipe, source, table, pending, prune)
-    reasons, over_budget = reject_verdict(table, recipe.limits, record["rows_per_part"])
+    pruned = sum(_clean_up(recipe, source, table, pending, prune) for table in work.stores())
+    reasons, over_budget = _judged(work, record)
     seconds = time.monotonic() - started
     summary = {
-        "verb": "extract",
-        "run_id": run_id,
-        "table": table.uri,
         "fingerprint": record["fingerprint"],
         "shards_total": pending.shards_total,
         "shards_skipped": pending.shards_done,
@@ -132,29 +229,43 @@ def run(
         "images_per_second": round(totals.rows / seconds, 1),
         **_diagnosis(recipe, record, totals, machines, _parallelism(sizing, num_groups, pending.bytes_total)),
     }
-    return Outcome(summary, failed_shards_verdict(totals, recipe.limits) or over_budget)
+    return Passed(totals, summary, failed_shards_verdict(totals, recipe.limits) or over_budget)
+
+
+def any_of(records: Sequence[Record | None]) -> Record | None:
+    """What the tables say of how their parts are made; all that there are say the same."""
+    return next((record for record in records if record is not None), None)
+
+
+def _judged(work: ImagePass, record: Record) -> tuple[Counter[str], OverBudget | None]:
+    """The rejects of the table that has most (whole ones have the same), and the error if they are over the budget."""
+    from engine.accounting import reject_verdict
+
+    verdicts = [reject_verdict(table, work.recipe.limits, record["rows_per_part"]) for table in work.stores()]
+    return max(verdicts, key=lambda verdict: (verdict[1] is not None, verdict[0].total()))
 
 
 def _extract(
-    recipe: ExtractRecipe,
+    work: ImagePass,
     record: Record | None,
     pending: PendingShards,
     totals: RunTotals,
     here: Machines,
-    stop: _Stop,
+    stop: Stop,
 ) -> tuple[Sizing, Machines, int, Record]:
-    """Resolve the table and stream what is pending; answers with layout, number of read tasks, record."""
+    """Resolve the tables and stream what is pending; answers with layout, number of read tasks, record."""
     from engine.beside import beside
     from engine.cluster_head import joins_cluster
     from engine.plan import read_tasks
 
+    recipe = work.recipe
     in_cluster = joins_cluster(recipe.compute.address)
     archive = _archive(recipe, pending)
     with contextlib.ExitStack() as stack:
         setup: Answer
         sizing = _sizing(recipe, record, here)
         if not in_cluster:  # on this machine: it loads the network while Ray starts
-            setup = stack.enter_context(beside(settle_table, recipe, archive, sizing, here))
+            setup = stack.enter_context(beside(settle_tables, work, archive, sizing, here))
         # Only now: importing Ray takes seconds in which the network is already being loaded.
         from engine.on_ray import machines_of_cluster, ray_session, run_extract, run_on_worker
 
@@ -166,63 +277,89 @@ def _extract(
             in_cluster
         ):  # a worker of the actors' kind; they start after it: they might hold the GPU it waits for
             setup = run_on_worker(
-                settle_table,
-                recipe,
+                settle_tables,
+                work,
                 archive,
                 sizing,
                 machines,
                 num_cpus=sizing.actor_cpus,
                 num_gpus=sizing.actor_gpus,
             )
-            record = _record_of(recipe)
+            record = _record_of(work)
             sizing = _sizing(recipe, record, machines)  # what an actor takes is known now
             _require_room(sizing, machines, in_cluster)
         groups = read_tasks(pending.works, sizing.decode_tasks)
         if groups:
-            job = _job(recipe, _rows_per_part(recipe, record), sizing)
+            job = _job(work, rows_per_part_of(recipe, record), sizing)
+            labels = None if work.labels is None else work.labels.job
             # Closed while there is a Ray: what Ray Data does afterwards would start another.
-            with contextlib.closing(run_extract(job, setup, groups, sizing)) as receipts:
+            with contextlib.closing(run_extract(job, setup, groups, sizing, labels)) as receipts:
                 _follow(receipts, totals, pending, stop)
         else:
             setup.get()
-        return sizing, machines, len(groups), _record_of(recipe)
+        return sizing, machines, len(groups), _record_of(work)
 
 
-def settle_table(recipe: ExtractRecipe, archive: Archive, sizing: Sizing, machines: Machines) -> Setup:
-    """Runs where an actor would, once for each run: load the network, and make the table or agree with it.
+def settle_tables(work: ImagePass, archive: Archive, sizing: Sizing, machines: Machines) -> Setup:
+    """Runs where an actor would, once for each run: load the network, and make the tables or agree with them.
 
     Raises:
-        EngineError: the network cannot be loaded, is not the table's, or takes more memory than there is.
+        EngineError: the network cannot be loaded, is not that of the tables or bundles, or takes more memory than
+            there is.
     """
     from engine.cluster_head import joins_cluster
     from engine.extraction import Setup
     from engine.resolve import Network, resolve
-    from engine.storage import open_store
-    from engine.tables import read_record
 
-    table = open_store(recipe.output.uri, recipe.storage)
-    record = read_record(table, "embeddings")
+    recipe, records = work.recipe, work.records()
+    record = any_of(records)
     same_backbone = record is not None and _names_same_backbone(recipe, record)
     runtime = _runtime(recipe, record)
     network = Network(
         recipe.backbone, runtime, recipe.storage, sizing.embed_threads, use_gpu=sizing.actor_gpus > 0
     )
-    resolution = resolve(network, archive if record is None else None, record if same_backbone else None)
-    if record is None or not same_backbone:
+    # Bundles come from a table for which the runtime was tried; their canary tells whether it is good here.
+    is_open = record is None and work.labels is None
+    resolution = resolve(network, archive if is_open else None, record if same_backbone else None)
+    if work.labels is not None:
+        resolution = _as_fitted_on(work.labels.made_with, resolution)
+    if record is None or None in records or not same_backbone:
         _require_actor_room(recipe, record, resolution, machines, joins_cluster(recipe.compute.address))
-        record = _claim(recipe, table, record, resolution)
+        record = _claim(work, record, resolution)
+    if work.labels is not None and work.labels.job.keeps_embeddings:
+        _claim_beside_embeddings(work, work.labels)
     return Setup(
         resolution.graph, resolution.runtime, record["fingerprint"], tuple(map(tuple, record["canary"]))
     )
 
 
-def _names_same_backbone(recipe: ExtractRecipe, record: Record) -> bool:
+def _as_fitted_on(made_with: Record, resolution: Resolution) -> Resolution:
+    """With the canary of the embeddings that the bundles were fitted on, so that every actor must compute the same.
+
+    Raises:
+        ContractMismatch: it is another network.
+    """
+    if resolution.fingerprint != made_with["fingerprint"]:
+        wanted = made_with["contract"]
+        here = {f"fingerprint.{name}": value for name, value in resolution.fingerprint_fields.items()}
+        other = [name for name, value in here.items() if wanted.get(name) != value]
+        raise ContractMismatch(
+            "backbone: another network than the bundles were fitted on",
+            found=", ".join(f"{name.partition('.')[2]} {here[name]}" for name in other),
+            wanted=", ".join(f"{name.partition('.')[2]} {wanted.get(name)}" for name in other),
+            way_out="leave the block `backbone` out, or give the place where the same weights lie now",
+        )
+    canary = tuple(map(tuple, made_with.get("canary", ())))
+    return dataclasses.replace(resolution, canary=canary) if canary else resolution
+
+
+def _names_same_backbone(recipe: ImageRecipe, record: Record) -> bool:
     """Whether the table was made with this very config; another may still be the same network, once it is loaded."""
     return bool(record["backbone"] == recipe.backbone.model_dump(mode="json"))
 
 
 def _require_actor_room(
-    recipe: ExtractRecipe,
+    recipe: ImageRecipe,
     record: Record | None,
     resolution: Resolution,
     machines: Machines,
@@ -234,27 +371,26 @@ def _require_actor_room(
     check_room(_layout(recipe, record, resolution.peak_bytes, machines), machines, in_cluster)
 
 
-def _runtime(recipe: ExtractRecipe, record: Record | None) -> RuntimeConfig:
+def _runtime(recipe: ImageRecipe, record: Record | None) -> RuntimeConfig:
     """What the recipe leaves open has been settled when the table was made."""
     from engine.runtimes.kinds import settled_runtime
 
     return recipe.runtime if record is None else settled_runtime(recipe.runtime, record["runtime"])
 
 
-def _runtime_in_words(recipe: ExtractRecipe, record: Record | None) -> str:
+def _runtime_in_words(recipe: ImageRecipe, record: Record | None) -> str:
     runtime = _runtime(recipe, record)
     is_open = "auto" in (runtime.kind, runtime.precision)
     return f"{runtime.kind} {runtime.precision}{' (measured when the table is begun)' if is_open else ''}"
 
 
-def _record_of(recipe: ExtractRecipe) -> Record:
-    from engine.storage import open_store
+def _record_of(work: ImagePass) -> Record:
     from engine.tables import require_record
 
-    return require_record(open_store(recipe.output.uri, recipe.storage), "embeddings")
+    return require_record(work.stores()[0], work.kind)
 
 
-def _archive(recipe: ExtractRecipe, pending: PendingShards) -> Archive:
+def _archive(recipe: ImageRecipe, pending: PendingShards) -> Archive:
     """A few of the pending shards, for trying runtimes on their images."""
     from engine.resolve import SHARDS_TRIED, Archive
 
@@ -273,24 +409,37 @@ def plan(
     since: float | None = None,
 ) -> dict[str, Any]:
     """What `run` would do, from validation and listings alone; touches nothing. A profile would do less of the same."""
+    found = plan_pass(
+        _pass_of(recipe), prune=prune, prune_up_to=prune_up_to, replay_rejects=replay_rejects, since=since
+    )
+    return {"verb": "extract", "table": recipe.output.uri, **found}
+
+
+def plan_pass(
+    work: ImagePass,
+    *,
+    prune: bool,
+    prune_up_to: int | None,
+    replay_rejects: bool,
+    since: float | None,
+) -> dict[str, Any]:
+    """What `run_pass` would do."""
     from engine.cluster_head import joins_cluster
     from engine.plan import check_prune, read_tasks
     from engine.this_machine import machines_here
 
-    prune = prune or prune_up_to is not None
-    _, table, record, pending = _look(recipe, replay_rejects, since)
-    _announce(recipe, pending, prune)
+    prune, recipe = prune or prune_up_to is not None, work.recipe
+    _, records, pending = _look(work, replay_rejects, since)
+    _announce(work, pending, prune)
     if prune:
         check_prune(pending, prune_up_to)
-    machines = machines_here()
+    machines, record = machines_here(), any_of(records)
     sizing = _sizing(recipe, record, machines)
     if not joins_cluster(recipe.compute.address):
         _require_room(sizing, machines, can_grow=False)
     groups = read_tasks(pending.works, sizing.decode_tasks)
     return {
-        "verb": "extract",
-        "table": table.uri,
-        "table_exists": record is not None,
+        "table_exists": None not in records,
         "shards_total": pending.shards_total,
         "shards_skipped": pending.shards_done,
         "shards_pending": len(pending.works),
@@ -299,7 +448,7 @@ def plan(
         "shards_removed": len(pending.removed),
         "bytes_pending": pending.bytes_total,
         "read_tasks": len(groups),
-        "rows_per_part": _rows_per_part(recipe, record),
+        "rows_per_part": rows_per_part_of(recipe, record),
         "pixel_bytes_per_part": sizing.footprint.part,
         "runtime": _runtime_in_words(recipe, record),
         "actors": sizing.start_actors,
@@ -317,42 +466,49 @@ def plan(
 
 
 def _look(
-    recipe: ExtractRecipe, replay_rejects: bool, since: float | None
-) -> tuple[Store, Store, Record | None, PendingShards]:
-    """The listings, and the table's record; refuses what is known to be wrong before anything starts."""
+    work: ImagePass, replay_rejects: bool, since: float | None
+) -> tuple[Store, list[Record | None], PendingShards]:
+    """The listings, and the tables' records; refuses what is known to be wrong before anything starts."""
     from engine.plan import pending_shards
     from engine.shards.kinds import open_reader
     from engine.storage import open_store
-    from engine.tables import check_contract, parts_with_rejects, read_record, table_progress
+    from engine.tables import check_contract, parts_with_rejects, table_progress
 
+    recipe, tables, records = work.recipe, work.stores(), work.records()
     source = open_store(recipe.source.uri, recipe.storage)
-    table = open_store(recipe.output.uri, recipe.storage)
-    record = read_record(table, "embeddings")
-    if record is not None:
-        check_contract(record, _contract_of_recipe(recipe, record), table.uri)
+    contract = contract_of_recipe(recipe, any_of(records))
+    for place, (table, record) in enumerate(zip(tables, records, strict=True)):
+        if record is not None:
+            check_contract(record, _contract_of_table(work, place, contract, record), table.uri)
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
-    progress = table_progress(table)
+    progress = [table_progress(table) for table in tables]
     if replay_rejects:
-        progress = progress.without(parts_with_rejects(table))
-    pending = pending_shards(reader.list_shards(source), progress, since)
+        progress = [
+            one.without(parts_with_rejects(table)) for one, table in zip(progress, tables, strict=True)
+        ]
+    pending = pending_shards(reader.list_shards(source), *progress, since=since)
     if reader.regroups and pending.removed:
-        pending = _without_regrouped(reader, source, table, pending)
-    return source, table, record, pending
+        pending = _without_regrouped(reader, source, tables, pending)
+    return source, records, pending
 
 
 def _without_regrouped(
-    reader: ShardReader, source: Store, table: Store, pending: PendingShards
+    reader: ShardReader, source: Store, tables: Sequence[Store], pending: PendingShards
 ) -> PendingShards:
     """Tell groups whose files are in another group now from such that are gone."""
     from engine.tables import shard_paths
 
-    paths = shard_paths(table, frozenset(pending.removed))
+    removed_here = frozenset(pending.removed)
+    paths: dict[str, str] = {}
+    for table in tables:
+        paths |= shard_paths(table, removed_here)
     regrouped = frozenset(path16 for path16, path in paths.items() if reader.successor(source, path))
     removed = tuple(path16 for path16 in pending.removed if path16 not in regrouped)
     return dataclasses.replace(pending, removed=removed, regrouped=regrouped)
 
 
-def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> None:
+def _announce(work: ImagePass, pending: PendingShards, prune: bool) -> None:
+    recipe = work.recipe
     if not pending.shards_total:
         raise ObjectNotFound(
             f"{recipe.source.uri}: no shards here",
@@ -360,7 +516,7 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> Non
             way_out="check source.uri (a typo, a disk that is not mounted) and the pattern",
         )
     say(
-        f"extract: {len(pending.works):,} of {pending.shards_total:,} shards pending "
+        f"{work.verb}: {len(pending.works):,} of {pending.shards_total:,} shards pending "
         f"({pending.bytes_total / 1e6:,.1f} MB), {pending.shards_done:,} done"
     )
     if pending.shards_older:
@@ -372,19 +528,17 @@ def _announce(recipe: ExtractRecipe, pending: PendingShards, prune: bool) -> Non
         say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts {fate}")
 
 
-def _sizing(recipe: ExtractRecipe, record: Record | None, machines: Machines) -> Sizing:
+def _sizing(recipe: ImageRecipe, record: Record | None, machines: Machines) -> Sizing:
     """The layout on these machines; what an actor takes is known once the table's record says it."""
     is_known = record is not None and record["runtime"] == _runtime(recipe, record).model_dump(mode="json")
     actor_peak = record.get("actor_peak_bytes") if record is not None and is_known else None
     return _layout(recipe, record, actor_peak, machines)
 
 
-def _layout(
-    recipe: ExtractRecipe, record: Record | None, actor_peak: int | None, machines: Machines
-) -> Sizing:
+def _layout(recipe: ImageRecipe, record: Record | None, actor_peak: int | None, machines: Machines) -> Sizing:
     from engine.sizing import footprint, size_up
 
-    rows, side = _rows_per_part(recipe, record), recipe.backbone.input_size
+    rows, side = rows_per_part_of(recipe, record), recipe.backbone.input_size
     return size_up(recipe.compute, machines, footprint(recipe.compute, recipe.limits, rows, side, actor_peak))
 
 
@@ -401,7 +555,7 @@ def _say_once(text: str) -> None:
     say(text)
 
 
-def _rows_per_part(recipe: ExtractRecipe, record: Record | None) -> int:
+def rows_per_part_of(recipe: ImageRecipe, record: Record | None) -> int:
     """The recipe's number, else the table's, else the default for the input size."""
     from engine.extraction import default_rows_per_part
 
@@ -412,7 +566,7 @@ def _rows_per_part(recipe: ExtractRecipe, record: Record | None) -> int:
     return default_rows_per_part(recipe.backbone.input_size)
 
 
-def _contract_of_recipe(recipe: ExtractRecipe, record: Record | None) -> dict[str, Any]:
+def contract_of_recipe(recipe: ImageRecipe, record: Record | None) -> dict[str, Any]:
     """Contract fields that the recipe alone decides; the fingerprint's fields are added once resolved."""
     from engine.schema import SCHEMA_VERSION
 
@@ -427,57 +581,105 @@ def _contract_of_recipe(recipe: ExtractRecipe, record: Record | None) -> dict[st
         "backbone.kind": recipe.backbone.kind,
         **_precision_of_recipe(recipe),
         "output.dtype": recipe.output.dtype,
-        "output.rows_per_part": _rows_per_part(recipe, record),
+        "output.rows_per_part": rows_per_part_of(recipe, record),
     }
 
 
-def _precision_of_recipe(recipe: ExtractRecipe) -> dict[str, str]:
+def _contract_of_table(
+    work: ImagePass, place: int, contract: dict[str, Any], record: Record
+) -> dict[str, Any]:
+    """The contract of one table as far as it is known before the network is loaded; with labels alone, all of it.
+
+    Args:
+        contract: what the recipe says of every table.
+        record: of this one; fields that this run has not got show as null.
+    """
+    if work.kind == "embeddings":
+        return contract
+    assert work.labels is not None
+    network = network_contract(work.labels.made_with)
+    own = work.labels.records[place]["contract"]
+    return {**dict.fromkeys(record["contract"]), **contract, **network, **own}
+
+
+def network_contract(made_with: Record) -> dict[str, Any]:
+    """What a contract says of the network, from that of another table."""
+    names = ("runtime.precision", "fingerprint")
+    return {
+        name: value
+        for name, value in made_with["contract"].items()
+        if name in names or name.startswith("fingerprint.")
+    }
+
+
+def _precision_of_recipe(recipe: ImageRecipe) -> dict[str, str]:
     """Nothing where the recipe leaves it open: the table has settled it, or will."""
     return {"runtime.precision": recipe.runtime.precision} if recipe.runtime.precision != "auto" else {}
 
 
-def _claim(recipe: ExtractRecipe, table: Store, record: Record | None, resolved: Resolution) -> Record:
-    """Write `_table.json`, or agree with the one that is there."""
-    from engine.backbones.fingerprint import fingerprint_contract
+def _claim(work: ImagePass, record: Record | None, resolved: Resolution) -> Record:
+    """Write `_table.json` of each table, or agree with the one that is there; answers with the first."""
     from engine.tables import claim_table
 
-    rows_per_part = _rows_per_part(recipe, record)
+    made = _record_of_embeddings(work.recipe, record, resolved)
+    if work.kind == "embeddings":
+        return claim_table(work.stores()[0], made)
+    assert work.labels is not None
+    claimed = []
+    for table, labels in zip(work.stores(), work.labels.records, strict=True):
+        contract = {**made["contract"], **labels["contract"]}
+        claimed.append(claim_table(table, {**made, **labels, "contract": contract}))
+    return claimed[0]
+
+
+def _claim_beside_embeddings(work: ImagePass, labels: Labels) -> None:
+    """Begin the tables of predictions that are made of embeddings that are kept, or agree with them."""
+    from engine.storage import open_store
+    from engine.tables import claim_table
+
+    for bundle, record in zip(labels.job.bundles, labels.records, strict=True):
+        claim_table(open_store(bundle.table_uri, work.recipe.storage), record)
+
+
+def _record_of_embeddings(recipe: ImageRecipe, record: Record | None, resolved: Resolution) -> dict[str, Any]:
+    """What a table says of how embeddings are made."""
+    from engine.backbones.fingerprint import fingerprint_contract
+
+    rows_per_part = rows_per_part_of(recipe, record)
     contract = {
-        **_contract_of_recipe(recipe, record),
+        **contract_of_recipe(recipe, record),
         **fingerprint_contract(resolved.fingerprint_fields),
     }
-    return claim_table(
-        table,
-        {
-            "kind": "embeddings",
-            "schema_version": contract["schema_version"],
-            "contract": contract,
-            "fingerprint": resolved.fingerprint,
-            "tensor_digest": resolved.fingerprint_fields["tensor_digest"],
-            "width": resolved.graph.width,
-            "canary": resolved.canary,
-            "rows_per_part": rows_per_part,
-            "source_uri": contract["source.uri"],
-            "backbone": recipe.backbone.model_dump(mode="json"),
-            "runtime": resolved.runtime.model_dump(mode="json"),
-            "runtimes_tried": [trial.to_json() for trial in resolved.trials],
-            "actor_peak_bytes": resolved.peak_bytes,
-            "engine_version": __version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        },
-    )
+    return {
+        "kind": "embeddings",
+        "schema_version": contract["schema_version"],
+        "contract": contract,
+        "fingerprint": resolved.fingerprint,
+        "tensor_digest": resolved.fingerprint_fields["tensor_digest"],
+        "width": resolved.graph.width,
+        "canary": resolved.canary,
+        "rows_per_part": rows_per_part,
+        "source_uri": contract["source.uri"],
+        "backbone": recipe.backbone.model_dump(mode="json"),
+        "runtime": resolved.runtime.model_dump(mode="json"),
+        "runtimes_tried": [trial.to_json() for trial in resolved.trials],
+        "actor_peak_bytes": resolved.peak_bytes,
+        "engine_version": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
-def _job(recipe: ExtractRecipe, rows_per_part: int, sizing: Sizing) -> ExtractJob:
+def _job(work: ImagePass, rows_per_part: int, sizing: Sizing) -> ExtractJob:
     from engine.extraction import ExtractJob
 
+    recipe = work.recipe
     return ExtractJob(
         source=recipe.source,
         storage=recipe.storage,
         backbone=recipe.backbone,
         runtime=recipe.runtime,
         limits=recipe.limits,
-        table_uri=recipe.output.uri,
+        table_uri=work.tables[0],
         dtype=recipe.output.dtype,
         rows_per_part=rows_per_part,
         decode_threads=sizing.decode_threads,
@@ -487,11 +689,11 @@ def _job(recipe: ExtractRecipe, rows_per_part: int, sizing: Sizing) -> ExtractJo
 
 
 @dataclasses.dataclass
-class _Stop:
+class Stop:
     """Whether a run ends before all is done: when a profile has its images, or at a time of `time.monotonic()`."""
 
-    profile: int | None
-    until: float | None
+    profile: int | None = None
+    until: float | None = None
     was_asked: bool = False
 
     def is_now(self, totals: RunTotals) -> bool:
@@ -502,7 +704,7 @@ class _Stop:
         return self.was_asked
 
 
-def _follow(receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShards, stop: _Stop) -> None:
+def _follow(receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShards, stop: Stop) -> None:
     """Count receipts as they come, and show how far the run is."""
     started = time.monotonic()
     with progress_bar("shards", len(pending.works)) as (bar, task):
@@ -518,7 +720,7 @@ def _follow(receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShar
 
 
 def _clean_up(
-    recipe: ExtractRecipe, source: Store, table: Store, pending: PendingShards, with_prune: bool
+    recipe: ImageRecipe, source: Store, table: Store, pending: PendingShards, with_prune: bool
 ) -> int:
     """Remove parts that are superseded, and if asked those of shards that are gone; how many of the latter."""
     from engine.shards.kinds import open_reader
@@ -566,7 +768,7 @@ def _is_taken_over(reader: ShardReader, source: Store, path: str, progress: Tabl
 
 
 def _diagnosis(
-    recipe: ExtractRecipe,
+    recipe: ImageRecipe,
     record: Record,
     totals: RunTotals,
     machines: Machines,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,20 @@ def write_table(folder: Path, shards: dict[str, NDArray[np.float32]], rows_per_p
 
 
 def publish_linear(
-    folder: Path, kernel_DK: NDArray[Any], bias_K: NDArray[Any], classes: tuple[str, ...]
+    folder: Path,
+    kernel_DK: NDArray[Any],
+    bias_K: NDArray[Any],
+    classes: tuple[str, ...],
+    table_record: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """A bundle of a linear head with these numbers."""
+    """A bundle of a linear head with these numbers; the record is that of the table it was fitted on."""
     width, num_classes = kernel_DK.shape
     network = build_head(LinearHeadConfig(), width, num_classes, seed=0)
     network.set_weights([kernel_DK, bias_K])
     return publish_bundle(
         open_store(str(folder)),
         TrainedHead(LinearHeadConfig(), network, classes, "single_label"),
-        table_record={"fingerprint": FINGERPRINT, "width": width},
+        table_record=table_record or {"fingerprint": FINGERPRINT, "width": width},
         metrics={},
         recipe={},
     )

@@ -123,7 +123,8 @@ def test_a_copy_of_a_prediction_part_is_named_as_the_part() -> None:
     assert path == f"also/{str(part).removesuffix('.parquet')}.jsonl"
     assert path.endswith(".00003.last.jsonl")
     assert parse_copy_path(path) == (part, "jsonl")
-    embeddings = part_name("a/b.tar", "etag:1:2", 3, True)
+    of_shard = part_name("a/b.tar", "etag:1:2", 3, True)  # predictions that were made straight from it
+    assert parse_copy_path(copy_path(of_shard, "csv")) == (of_shard, "csv")
     others = [path.replace(".jsonl", ".txt"), path.replace("also/", "also/x/"), f"data/{part}", "also/x.csv"]
-    for other in (*others, copy_path(embeddings, "csv")):
+    for other in others:
         assert parse_copy_path(other) is None

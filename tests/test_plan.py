@@ -62,6 +62,22 @@ def test_parts_with_rejects_that_are_done_again_leave_the_others_alone() -> None
     ]
 
 
+def test_of_several_tables_a_shard_is_done_when_all_have_it_and_each_lacks_its_own_parts() -> None:
+    parts = [part_name("a.tar", "v1", number, last=number == 3) for number in range(4)]
+    other = [part_name("b.tar", "v1", 0, True), part_name("z.tar", "v1", 0, True)]
+    first, second = TableProgress([*parts, *other]), TableProgress([parts[0], parts[2], other[0]])
+    pending = pending_shards([shard("a.tar"), shard("b.tar"), shard("c.tar")], first, second)
+    a, c = pending.works
+    assert (a.existing.numbers, a.existing.last, c.existing.numbers) == ((0, 2), 3, ())
+    assert [a.lacking(number) for number in range(4)] == [(), (1,), (), (1,)]
+    assert c.lacking(0) == ()  # all of them do
+    assert (pending.shards_done, pending.shards_in_table) == (1, 3)
+    assert pending.removed == (path16_of("z.tar"),)
+    third = TableProgress([parts[1]])
+    (a,) = pending_shards([shard("a.tar")], first, second, third).works
+    assert [a.lacking(number) for number in range(4)] == [(2,), (1,), (2,), (1, 2)]
+
+
 @pytest.mark.parametrize(
     ("removed", "up_to", "refused"),
     [(1, None, False), (2, None, True), (2, 2, False), (3, 2, True), (0, 0, False), (1, 0, True)],

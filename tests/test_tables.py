@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, TableDamaged
-from engine.parts import PartName, hash8_of, part_name, path16_of, prediction_name
+from engine.parts import PartName, copy_path, hash8_of, part_name, path16_of, prediction_name
 from engine.schema import SCHEMA_VERSION, embeddings_schema, predictions_schema, rejects_schema
 from engine.storage import Store, open_store
 from engine.tables import (
@@ -251,6 +251,18 @@ def test_the_sweep_removes_old_versions_only_once_the_present_one_is_complete(st
     assert sweep(store, lambda _: hash8_of("new")) == 1
     assert set(table_progress(store)[path16_of("a.tar")]) == {hash8_of("new")}
     assert list(store.list("rejects/")) == []
+
+
+def test_the_sweep_takes_copies_with_it_and_leaves_those_of_parts_that_are_still_to_come(
+    store: Store,
+) -> None:
+    old, new = (write(store, "a.tar", 0, True, identity=version) for version in ("v1", "v2"))
+    coming, lost = part_name("a.tar", "v2", 1, True), part_name("a.tar", "v0", 0, False)
+    unknown = part_name("b.tar", "v0", 0, True)  # no part says which shard it is of
+    for name in (old, new, coming, lost, unknown):
+        store.write(copy_path(name, "csv"), b"key\n")
+    assert sweep(store, lambda path: {"a.tar": hash8_of("v2")}[path]) == 1
+    assert set(store.names("also/")) == {copy_path(name, "csv") for name in (new, coming, unknown)}
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 not parquet PAR1"])

@@ -10,15 +10,18 @@ WORKS = [
     ShardWork(ObjectInfo("a.tar", 0, "etag:x:0")),
     ShardWork(ObjectInfo("übung/\udcff.tar", 2**40, "mtime:1:2"), Progress((0, 2), last=3)),
     ShardWork(ObjectInfo("c", 7, "")),
+    ShardWork(
+        ObjectInfo("d.tar", 3, "v1"), Progress((1,), last=1), (Progress((0, 1), last=1), Progress((1,)))
+    ),
 ]
 
 
 def test_works_come_out_as_they_went_in() -> None:
     packed = WorkList(WORKS)
-    assert list(packed) == WORKS and len(packed) == 3
+    assert list(packed) == WORKS and len(packed) == 4
     assert packed[-1] == WORKS[-1] and list(packed[1:]) == WORKS[1:]
     assert list(pickle.loads(pickle.dumps(packed[1:2]))) == WORKS[1:2]
-    assert list(packed.sizes) == [0, 2**40, 7]
+    assert list(packed.sizes) == [0, 2**40, 7, 3]
     assert not WorkList()
 
 

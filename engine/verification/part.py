@@ -17,15 +17,16 @@ from engine.errors import ObjectChanged, ObjectNotFound
 from engine.parts import PartName
 from engine.schema import SCHEMA_VERSION
 from engine.storage import ObjectInfo, Store
-from engine.tables import FOOTER_KEY, EmbeddingPartFacts, PredictionPartFacts
+from engine.tables import FOOTER_KEY, EmbeddingPartFacts, PredictionPartFacts, ShardPredictionFacts
 from engine.verification.findings import Damage, Finding, Leftover, Unfinished, version_finding
 
-FactsT = TypeVar("FactsT", EmbeddingPartFacts, PredictionPartFacts)
+FactsT = TypeVar("FactsT", EmbeddingPartFacts, PredictionPartFacts, ShardPredictionFacts)
 Indexes = NDArray[np.int64]
 # What pyarrow raises for damaged Parquet; its ArrowException covers sizes beyond memory too.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError)
 _FACTS: dict[type, TypeAdapter[Any]] = {  # making one takes as long as checking a small part
-    facts_class: TypeAdapter(facts_class) for facts_class in (EmbeddingPartFacts, PredictionPartFacts)
+    facts_class: TypeAdapter(facts_class)
+    for facts_class in (EmbeddingPartFacts, PredictionPartFacts, ShardPredictionFacts)
 }
 
 

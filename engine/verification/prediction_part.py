@@ -1,4 +1,5 @@
-"""A prediction part. Shape letters: N rows of the part, k top entries."""
+"""A prediction part, made of an embedding part or straight from a shard. Shape letters: N rows of the part, k top
+entries."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 from engine.parts import parse_part_name, path16_of, prediction_name
 from engine.schema import predictions_schema
 from engine.storage import Store
-from engine.tables import PredictionPartFacts, embeddings_matrix
+from engine.tables import PredictionPartFacts, ShardPredictionFacts, embeddings_matrix
 from engine.verification.findings import Damage
 from engine.verification.part import Checked, ListedPart, check_indexes, columns_fit, open_part, read_object
 from engine.verification.record import Claims
+from engine.verification.shard_samples import check_origin, check_rejects, check_samples, check_shard_column
 
 
 def check_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Checked:
@@ -32,14 +34,43 @@ def check_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Che
     wanted = prediction_name(scored, facts.embedding_identity) if scored else "a part's name in the footer"
     made_from = f"made from {facts.embedding_part}, {facts.embedding_identity!r}"
     checked.compare(Damage.PART_NAME, made_from, part.name, wanted)
-    k = _top_k_of(checked, data, claims)
-    several = "labels" in data.column_names
-    if k is None or not columns_fit(checked, data, predictions_schema(k, several)):
+    if not _columns_fit(checked, data, claims):
         return checked
-    checked.top_k = k
     _check_rows_of_predictions(checked, data, facts.bundle, claims.rows_per_part)
-    _check_confidences(checked, data, k)
+    _check_confidences(checked, data)
     return checked
+
+
+def check_shard_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Checked:
+    """One that was made straight from a shard: it accounts for every sample of its part of it."""
+    checked = Checked(part)
+    encoded = read_object(store, checked, part.info)
+    opened = open_part(checked, encoded, ShardPredictionFacts) if encoded is not None else None
+    if opened is None:
+        return checked
+    data, facts = opened
+    is_named_right = check_origin(checked, claims, facts)
+    checked.compare(Damage.BUNDLE, "bundle", facts.bundle, claims.bundle)
+    checked.compare(Damage.RECIPE, "recipe_sha256", facts.recipe_sha256, claims.recipe_sha256)
+    rejects = check_rejects(store, claims, checked, facts)
+    if not _columns_fit(checked, data, claims):
+        return checked
+    tables = [data] if rejects is None else [data, rejects]
+    if is_named_right:
+        check_shard_column(checked, tables, facts.shard)
+    check_samples(checked, tables, facts, claims.rows_per_part, has_all=rejects is not None)
+    _check_bundle_column(checked, data, facts.bundle)
+    _check_confidences(checked, data)
+    return checked
+
+
+def _columns_fit(checked: Checked, data: pa.Table, claims: Claims) -> bool:
+    """Whether they are those of a prediction part; notes how many top entries it has."""
+    k = _top_k_of(checked, data, claims)
+    if k is None or not columns_fit(checked, data, predictions_schema(k, "labels" in data.column_names)):
+        return False
+    checked.top_k = k
+    return True
 
 
 def _top_k_of(checked: Checked, data: pa.Table, claims: Claims) -> int | None:
@@ -63,12 +94,16 @@ def _check_rows_of_predictions(
     if others := [shard for shard in shards if path16_of(shard) != checked.part.name.path16]:
         wanted = f"the shard whose path hashes to {checked.part.name.path16}"
         checked.note(Damage.SHARD_COLUMN, f"found {', '.join(map(repr, others[:3]))}, wanted {wanted}")
-    if strangers := [other for other in pc.unique(data["bundle"]).to_pylist() if other != bundle]:
-        checked.note(Damage.BUNDLE, f"rows of bundle {strangers[0]!r}, wanted {bundle!r}")
+    _check_bundle_column(checked, data, bundle)
     check_indexes(checked, data["index"].to_numpy(), rows_per_part or 0, rows_per_part)
 
 
-def _check_confidences(checked: Checked, data: pa.Table, k: int) -> None:
+def _check_bundle_column(checked: Checked, data: pa.Table, bundle: str) -> None:
+    if strangers := [other for other in pc.unique(data["bundle"]).to_pylist() if other != bundle]:
+        checked.note(Damage.BUNDLE, f"rows of bundle {strangers[0]!r}, wanted {bundle!r}")
+
+
+def _check_confidences(checked: Checked, data: pa.Table) -> None:
     if not data.num_rows:
         return
     confidence_N = data["confidence"].to_numpy()

@@ -37,6 +37,7 @@ class _EmbeddingsRecord(_Record):
 class _PredictionsRecord(_Record):
     kind: Literal["predictions"]
     bundle: str
+    rows_per_part: int | None = Field(default=None, ge=1)  # of those that were made straight from images
 
 
 _RECORD: TypeAdapter[_EmbeddingsRecord | _PredictionsRecord] = TypeAdapter(
@@ -55,6 +56,7 @@ class Claims:
         recipe_sha256: of a prediction table's contract.
         max_top_k: most entries of a prediction.
         also: forms of the copies for people that each prediction part has.
+        is_of_embeddings: of a prediction table, whether its parts were made of embedding parts.
     """
 
     kind: Literal["embeddings", "predictions"] = "embeddings"
@@ -70,6 +72,12 @@ class Claims:
     recipe_sha256: str | None = None
     max_top_k: int | None = None
     also: tuple[str, ...] | None = None
+    is_of_embeddings: bool = True
+
+    @property
+    def is_of_shards(self) -> bool:
+        """Whether its parts account for the samples of shards."""
+        return self.kind == "embeddings" or not self.is_of_embeddings
 
 
 def read_claims(store: Store) -> tuple[Claims, list[Finding]]:
@@ -103,29 +111,45 @@ def _require_agreement(record: _EmbeddingsRecord | _PredictionsRecord) -> None:
         KeyError, ValueError: one is missing there, or differs.
     """
     twice: dict[str, Any] = {"fingerprint": record.fingerprint}
-    if isinstance(record, _EmbeddingsRecord):
-        twice |= {"source.uri": record.source_uri, "output.rows_per_part": record.rows_per_part}
+    if isinstance(record, _PredictionsRecord):
+        twice["bundle"] = record.bundle
+    if _is_of_embeddings(record):
+        twice["embeddings.uri"] = record.source_uri
     else:
-        twice |= {"embeddings.uri": record.source_uri, "bundle": record.bundle}
+        twice |= {"source.uri": record.source_uri, "output.rows_per_part": record.rows_per_part}
     for name, value in twice.items():
         if record.contract[name] != value:
             raise ValueError(f"its {name} is {value!r}, that of its contract {record.contract[name]!r}")
 
 
+def _is_of_embeddings(record: _EmbeddingsRecord | _PredictionsRecord) -> bool:
+    return isinstance(record, _PredictionsRecord) and "embeddings.uri" in record.contract
+
+
 def _claims_of(record: _EmbeddingsRecord | _PredictionsRecord) -> Claims:
-    both = Claims(record.kind, fingerprint=record.fingerprint, source_uri=record.source_uri)
+    claims = Claims(record.kind, fingerprint=record.fingerprint, source_uri=record.source_uri)
     contract = record.contract
     if isinstance(record, _PredictionsRecord):
         also = tuple(map(str, contract.get("also", ())))
         top_k, recipe_sha256 = int(contract["top_k"]), stable_hash(contract)
-        return replace(both, bundle=record.bundle, recipe_sha256=recipe_sha256, max_top_k=top_k, also=also)
-    dtype: EmbeddingDtype = TypeAdapter(EmbeddingDtype).validate_python(contract["output.dtype"])
+        claims = replace(
+            claims, bundle=record.bundle, recipe_sha256=recipe_sha256, max_top_k=top_k, also=also
+        )
+    if _is_of_embeddings(record):
+        return claims
     source = source_of_contract(contract)
-    return replace(
-        both,
+    claims = replace(
+        claims,
         rows_per_part=record.rows_per_part,
-        schema=embeddings_schema(record.width, dtype, source.metadata_columns() if source else ()),
-        has_more_columns=source is None,
         keeps_reject_bytes=bool(contract["limits.keep_reject_bytes"]),
         source=source,
+        is_of_embeddings=False,
+    )
+    if isinstance(record, _PredictionsRecord):
+        return claims
+    dtype: EmbeddingDtype = TypeAdapter(EmbeddingDtype).validate_python(contract["output.dtype"])
+    return replace(
+        claims,
+        schema=embeddings_schema(record.width, dtype, source.metadata_columns() if source else ()),
+        has_more_columns=source is None,
     )

@@ -1,4 +1,4 @@
-"""Shards of an embedding table as the names of their parts tell: whole, unfinished, in several versions."""
+"""Shards as the names of the parts made of them tell: whole, unfinished, in several versions."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from engine.tables import DATA_FOLDER, READ_THREADS, RECORD_NAME, REJECTS_FOLDER
 from engine.verification.embedding_part import check_embedding_part
 from engine.verification.findings import Damage, Finding, Leftover, Unfinished, Verification
 from engine.verification.part import Checked, ListedPart
-from engine.verification.prediction_part import check_prediction_part
+from engine.verification.prediction_part import check_prediction_part, check_shard_prediction_part
 from engine.verification.record import Claims, read_claims
 from engine.verification.shards import source_findings, version_findings, versions_of
 
@@ -48,13 +48,15 @@ def verify_table(
             way_out="check the uri, or run the job that writes the table first",
         )
     if claims.fingerprint is None and any(part.name.embedding8 for part in listed):
-        claims = replace(claims, kind="predictions")  # without a record the names tell
+        claims = replace(
+            claims, kind="predictions"
+        )  # without a record the names tell, of those made of embeddings
     claims, embeddings = _with_embeddings(claims, store, listed)
     result = Verification(store.uri, claims.kind, parts=len(listed))
     result.shards = len({part.name.path16 for part in listed})
     result.add([*found, *strangers, *embeddings])
     _check_parts(store, claims, listed, result, report)
-    if claims.kind == "embeddings":
+    if claims.is_of_shards:
         versions = versions_of(listed)
         result.add(version_findings(versions))
         if source is not None:
@@ -63,7 +65,7 @@ def verify_table(
 
 
 def source_shards(store: Store, pattern: str | None = None) -> Iterator[ObjectInfo]:
-    """The shards that the source of an embedding table lists now.
+    """The shards that the source of a table lists now, of embeddings or of predictions straight from images.
 
     Args:
         store: rooted at the table; its source is opened with the same storage settings.
@@ -76,7 +78,7 @@ def source_shards(store: Store, pattern: str | None = None) -> Iterator[ObjectIn
     if claims.source is None:
         raise RecipeError(
             f"{store.uri}/{RECORD_NAME}: does not name a source of shards",
-            wanted="the record of an embedding table",
+            wanted="the record of an embedding table, or of predictions that were made straight from images",
             way_out="leave --source out",
         )
     config = claims.source if pattern is None else claims.source.model_copy(update={"pattern": pattern})
@@ -88,7 +90,7 @@ def _with_embeddings(
     claims: Claims, store: Store, listed: Sequence[ListedPart]
 ) -> tuple[Claims, list[Finding]]:
     """For predictions: what the embedding table calls for now, and how that differs from what is there."""
-    if claims.kind != "predictions" or claims.source_uri is None:
+    if claims.is_of_shards or claims.source_uri is None:
         return claims, []
     try:
         table = open_table(open_store(claims.source_uri, store.config))
@@ -156,7 +158,7 @@ def _copy_findings(store: Store, claims: Claims, data: Mapping[PartName, ObjectI
 def _files(store: Store, folder: str, claims: Claims) -> tuple[dict[PartName, ObjectInfo], list[Finding]]:
     parts: dict[PartName, ObjectInfo] = {}
     found: list[Finding] = []
-    of_predictions = claims.kind == "predictions"
+    of_embeddings = not claims.is_of_shards
     for info in store.list(folder):
         name = parse_part_name(info.path)
         if name is None:
@@ -164,8 +166,10 @@ def _files(store: Store, folder: str, claims: Claims) -> tuple[dict[PartName, Ob
         elif info.path != f"{folder}{name}":
             where = f"{folder}{name}"
             found.append(Finding(Damage.MISPLACED_PART, info.path, f"readers count it; its place is {where}"))
-        elif (name.embedding8 is not None) != of_predictions and claims.fingerprint is not None:
-            found.append(Finding(Damage.MISPLACED_PART, info.path, f"not a part of a table of {claims.kind}"))
+        elif (name.embedding8 is not None) != of_embeddings and claims.fingerprint is not None:
+            made_of = "embedding parts" if of_embeddings else "shards"
+            message = f"not a part of a table of {claims.kind} that is made of {made_of}"
+            found.append(Finding(Damage.MISPLACED_PART, info.path, message))
         else:
             parts[name] = info
     return parts, found
@@ -214,6 +218,8 @@ def _in_order(store: Store, claims: Claims, listed: Sequence[ListedPart]) -> Ite
 def _check_part(store: Store, claims: Claims, part: ListedPart) -> Checked:
     if part.name.embedding8 is not None:
         return check_prediction_part(store, claims, part)
+    if claims.kind == "predictions":
+        return check_shard_prediction_part(store, claims, part)
     return check_embedding_part(store, claims, part)
 
 

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("embedder", "training", "predictor", "decisions"),
     ("runtime_choice", "resolution_cache", "extraction", "scoring", "night", "lineage"),
-    ("resolve", "finetuning"),
+    ("resolve", "labelling", "finetuning"),
     (
         "accounting",
         "cluster_head",
