@@ -144,17 +144,21 @@ class RunTotals:
         """Note the shards that this run set out to complete."""
         self.shards = ShardsUnderWay(works)
 
-    def add(self, receipt: Receipt) -> None:
-        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once."""
+    def add(self, receipt: Receipt) -> bool:
+        """Count one committed part, or one failed shard; a receipt seen twice (a task run again) counts once.
+
+        Returns:
+            Whether a part was counted.
+        """
         header = receipt.header
         self.bytes_read += header.bytes_read
         if header.damage is not None:
             self.shards.fail(header.shard)
             if len(self.damage) < FAILURES_KEPT:
                 self.damage[header.shard] = " ".join(header.damage.split())
-            return
+            return False
         if not self.shards.add(header.shard, header.number, header.last):
-            return
+            return False
         self.parts_written += 1
         self.rows += receipt.rows
         self.rejects += receipt.rejects
@@ -163,6 +167,7 @@ class RunTotals:
         busy = {stage: getattr(header, f"{stage}_s") for stage in STAGES}
         self.stage_s.update(busy)
         self.steady.add(header.samples, busy, time.monotonic())
+        return True
 
     @property
     def shards_done(self) -> int:

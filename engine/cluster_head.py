@@ -10,12 +10,12 @@ import contextlib
 import errno
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from engine.errors import ClusterError
+from engine.log_lines import print_error
 
 CONNECT_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 3.0
@@ -109,5 +109,5 @@ def _end(address: str, silent_s: float, found: str) -> None:
         way_out="nothing committed is lost; when the cluster is up, run the same command again: it makes only "
         "what is missing",
     )
-    print(f"error: {lost}", file=sys.stderr, flush=True)
+    print_error(lost)
     os._exit(lost.exit_code)

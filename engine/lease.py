@@ -134,6 +134,12 @@ class Lease:
         with self._state:
             return self._is_lost()
 
+    @property
+    def age(self) -> float:
+        """Time since the last renewal began, by the lifetime: up to a third where all is well, lost from 1 on."""
+        with self._state:
+            return (_now_s() - self._renewed_at_s) / self._record.lifetime_s
+
     def check(self) -> None:
         """Raise LeaseLost if it is lost. Asks no store: cheap enough for each step of a run."""
         if not self.lost:

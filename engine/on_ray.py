@@ -36,6 +36,7 @@ from ray.data import (
 )
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayError
+from ray.util import metrics as ray_metrics
 
 from engine.cluster_head import head_watched, require_answer, unreachable
 from engine.errors import ClusterError, EngineError
@@ -49,6 +50,8 @@ from engine.extraction import (
     write_part,
 )
 from engine.labelling import LabelJob, PartLabeller, write_labelled
+from engine.log_lines import json_log, use_json_log_on_worker
+from engine.run_metrics import Kind, Metric, RunMetrics
 from engine.sizing import (
     READ_TASK_CPUS,
     SMALL_PART_BYTES,
@@ -69,6 +72,8 @@ PARTS_IN_FLIGHT_PER_ACTOR = 2
 # Stages take turns in being idle. Ray's default of one second ended their processes meanwhile, and 8,000 images took
 # 7 s longer for starting others (two cores, 2026-11-22).
 IDLE_WORKER_MS = 600_000
+# Ray's agents hear of metrics every 10 s, and forget a gauge that was not set for twice that (Ray 2.60).
+EXPORT_EVERY_S = 2.0
 TRAINING_RESTARTS = 3  # after as many lost workers a training is given up; its checkpoint stays
 _FAILURE = "failure"
 
@@ -96,7 +101,7 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     _quieten()
     require_answer(address)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **_worker_logs()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:
@@ -174,6 +179,58 @@ def _quieten() -> None:
     )
     # "Progress bars disabled", at every run. A filter, because Ray Data sets levels again when it starts.
     logging.getLogger("ray.data._internal.progress").addFilter(lambda _record: False)
+
+
+def _worker_logs() -> dict[str, Any]:
+    """Arguments of `ray.init` that let our code on workers log as this process does."""
+    log = json_log()
+    if log is None:
+        return {}
+    context = log.context
+
+    def use() -> None:
+        use_json_log_on_worker(context)
+
+    return {"runtime_env": {"worker_process_setup_hook": use}}
+
+
+# ---------------------------------------------------------------- metrics
+
+
+@contextlib.contextmanager
+def metrics_exported(metrics: RunMetrics) -> Iterator[None]:
+    """Hand a run's metrics to Ray's agent of this node while the block lasts, and once more at its end.
+
+    The agent keeps counters after the driver has gone, and gauges for 20 s. What was handed over last leaves with
+    `ray.shutdown`, so that it belongs around this.
+    """
+    exporters: dict[Metric, Callable[..., None]] = {}
+
+    def export() -> None:
+        for change in metrics.changes():
+            if change.metric not in exporters:
+                exporters[change.metric] = _exporter(change.metric)
+            exporters[change.metric](change.value, tags=change.labels)
+
+    export()
+    try:
+        with _again_and_again(export, EXPORT_EVERY_S):
+            yield
+    finally:
+        export()
+
+
+def _exporter(metric: Metric) -> Callable[..., None]:
+    """What takes a value and tags."""
+    labels = ("verb", *metric.labels)
+    export: Callable[..., None]
+    if metric.kind == Kind.COUNTER:
+        export = ray_metrics.Counter(metric.name, metric.says, labels).inc
+    elif metric.kind == Kind.GAUGE:
+        export = ray_metrics.Gauge(metric.name, metric.says, labels).set
+    else:
+        export = ray_metrics.Histogram(metric.name, metric.says, list(metric.buckets), labels).observe
+    return export
 
 
 # ---------------------------------------------------------------- one task
@@ -591,7 +648,7 @@ def run_training(
             ),
         )
         try:
-            with _again_and_again(hand_on_reports):
+            with _again_and_again(hand_on_reports, every_s=0.1):
                 answer, failure = trainer.fit().return_value
         except TrainingFailedError as error:  # neither a RayError nor a RuntimeError
             failure = ray.get(mail.failure.remote())
@@ -660,14 +717,14 @@ def _introduce(addresses: list[str], rank: int) -> None:
 
 
 @contextlib.contextmanager
-def _again_and_again(function: Callable[[], None]) -> Iterator[None]:
-    """Call a function every 0.1 s in a thread, which ends before this does: Ray kills a process that uses it after
+def _again_and_again(function: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call a function in a thread, which ends before this does: Ray kills a process that uses it after
     `ray.shutdown` (exit code 1, not a word)."""
     over = threading.Event()
 
     def run() -> None:
         with contextlib.suppress(RayError):
-            while not over.wait(0.1):
+            while not over.wait(every_s):
                 function()
 
     thread = threading.Thread(target=run, daemon=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -72,10 +75,17 @@ class PendingPart:
 
 @dataclass(frozen=True)
 class ScoreReceipt:
-    """What the driver hears of one item: embedding parts read, and what was written for each bundle."""
+    """What the driver hears of one item: embedding parts read, and what was written for each bundle.
+
+    Attributes:
+        bytes_read: sizes of the embedding parts; of one with columns that nobody wants less is read.
+        stage_s: seconds of the clock that read, score and write took; reading and writing of several parts overlap.
+    """
 
     parts_read: int
     bundles: Mapping[int, BundleCounts]
+    bytes_read: int = 0
+    stage_s: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -84,7 +94,7 @@ class ScoreReceipt:
     def from_json(text: str) -> ScoreReceipt:
         fields = json.loads(text)
         bundles = {int(place): BundleCounts(**counts) for place, counts in fields["bundles"].items()}
-        return ScoreReceipt(fields["parts_read"], bundles)
+        return ScoreReceipt(**{**fields, "bundles": bundles})
 
 
 def pending_parts(
@@ -136,23 +146,30 @@ class PartScorer:
             for path, size, identity, bundles in json.loads(item)
         ]
         counts = {place: BundleCounts() for place in self._job.bundles}
+        clock = _StageClock()
         writes: deque[Future[int]] = deque()
         try:
-            for part, embeddings in self._read_ahead(pending):
+            for part, embeddings in self._read_ahead(pending, clock):
                 for place in part.bundles:
-                    predictions = self._predictors[place].predict_table(embeddings)
+                    with clock.busy("score"):
+                        predictions = self._predictors[place].predict_table(embeddings)
                     if len(writes) >= WRITES_AT_ONCE:
                         writes.popleft().result()
-                    facts = self._facts(part.info, place, predictions, embeddings)
-                    writes.append(self._writers.submit(self._write, place, predictions, facts))
-                    counts[place].add(counted(predictions))
+                    with clock.busy("score"):
+                        found = counted(predictions)
+                        facts = self._facts(part.info, place, predictions, embeddings)
+                    writes.append(self._writers.submit(self._write, place, predictions, facts, clock))
+                    counts[place].add(found)
             for write in writes:
                 write.result()
         finally:
             wait(writes)  # nothing of an item that failed is written behind its back
-        return ScoreReceipt(len(pending), counts).to_json()
+        size = sum(part.info.size for part in pending)
+        return ScoreReceipt(len(pending), counts, size, clock.seconds()).to_json()
 
-    def _read_ahead(self, pending: Sequence[PendingPart]) -> Iterator[tuple[PendingPart, pa.Table]]:
+    def _read_ahead(
+        self, pending: Sequence[PendingPart], clock: _StageClock
+    ) -> Iterator[tuple[PendingPart, pa.Table]]:
         """Each part with the columns that its bundles take, in order, while those behind it are read."""
         reads: deque[tuple[PendingPart, Future[pa.Table]]] = deque()
         held = first_unread = 0
@@ -162,7 +179,7 @@ class PartScorer:
                     part = pending[first_unread]
                     if reads and held + part.info.size > READ_AHEAD_BYTES:
                         break
-                    reads.append((part, self._readers.submit(self._read, part)))
+                    reads.append((part, self._readers.submit(self._read, part, clock)))
                     held, first_unread = held + part.info.size, first_unread + 1
                 part, read = reads.popleft()
                 yield part, read.result()
@@ -171,9 +188,10 @@ class PartScorer:
             for _, read in reads:
                 read.cancel()
 
-    def _read(self, part: PendingPart) -> pa.Table:
+    def _read(self, part: PendingPart, clock: _StageClock) -> pa.Table:
         columns = {column: None for place in part.bundles for column in self._predictors[place].columns}
-        return read_part(self._embeddings, part.info, list(columns))
+        with clock.busy("read"):
+            return read_part(self._embeddings, part.info, list(columns))
 
     def _facts(
         self, info: ObjectInfo, place: int, predictions: pa.Table, embeddings: pa.Table
@@ -202,13 +220,39 @@ class PartScorer:
             reference_sha256=sha256,
         )
 
-    def _write(self, place: int, predictions: pa.Table, facts: PredictionPartFacts) -> int:
+    def _write(
+        self, place: int, predictions: pa.Table, facts: PredictionPartFacts, clock: _StageClock
+    ) -> int:
         """Write one prediction part; returns its bytes."""
         name = parse_part_name(facts.embedding_part)
         assert name is not None
         target = prediction_name(name, facts.embedding_identity)
         also = self._job.bundles[place].decisions.also
-        return write_prediction_part(self._tables[place], target, predictions, facts, also)
+        with clock.busy("write"):
+            return write_prediction_part(self._tables[place], target, predictions, facts, also)
+
+
+class _StageClock:
+    """Seconds that stages were busy, from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def busy(self, stage: str) -> Iterator[None]:
+        """A stage is, inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        """Until now, by stage."""
+        with self._lock:
+            return dict(self._seconds)
 
 
 def _reference(job: BundleJob, storage: StorageConfig) -> tuple[Reference | None, str | None]:

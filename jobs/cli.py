@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from engine.errors import EXIT_DONE, BundleError, EngineError, Interrupted, RecipeError
+from engine.log_lines import LogContext, json_log, print_error
+from jobs.logs import json_logs, wants_json
 
 if TYPE_CHECKING:
     from engine.storage import StorageConfig
@@ -415,12 +417,27 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; every error of ours is one message, without a stack trace."""
     signal.signal(signal.SIGTERM, _interrupt)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="engine")
+        if not wants_json():
+            return _run(words)
+    except RecipeError as error:
+        print_error(error)
+        return error.exit_code
+    from jobs.outcome import new_run_id
+
+    verb = words[0] if words and words[0].isalpha() else "engine"
+    with json_logs(LogContext(verb, new_run_id(verb))):
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
+    try:
+        app(args=words, prog_name="engine")
     except SystemExit as end:  # how typer ends, also after a usage error
         return end.code if isinstance(end.code, int) else EXIT_DONE
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return error.exit_code
     return EXIT_DONE
 
@@ -456,11 +473,15 @@ def _run_job(
     if plan:
         _print_facts(job.plan(recipe, **options), as_json)
         return
-    from jobs.outcome import print_summary
+    from jobs.outcome import new_run_id, print_summary
+    from jobs.watched import run_watched
+
+    log = json_log()
+    run_id = new_run_id(verb) if log is None else log.context.run_id
 
     # Ray prints what it has to say of lost tasks; stdout is for the summary alone.
     with _interruptible(), contextlib.redirect_stdout(sys.stderr):
-        outcome = job.run(recipe, **options)
+        outcome = run_watched(verb, job, recipe, run_id, options)
     print_summary(outcome.summary)
     if as_json:
         print(json.dumps(outcome.summary))

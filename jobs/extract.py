@@ -11,19 +11,21 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from engine import __version__
+from engine import __version__, run_metrics
 from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
 from engine.errors import ContractMismatch, ObjectNotFound
 from engine.recipes import Compute, EmbeddingForm, EmbeddingOutput, Limits
+from engine.run_metrics import RunMetrics
 from engine.runtimes.kinds import RuntimeConfig, TensorFlowRuntimeConfig
 from engine.shards.kinds import SourceConfig
 from engine.storage import StorageConfig
-from jobs.outcome import Outcome, new_run_id, progress_bar, say
+from jobs.outcome import Outcome, Run, progress_bar, say
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -131,7 +133,7 @@ class Passed:
     verdict: EngineError | None
 
 
-def run(
+def run(  # noqa: PLR0913
     recipe: ExtractRecipe,
     *,
     prune: bool = False,
@@ -140,6 +142,7 @@ def run(
     profile: int | None = None,
     since: float | None = None,
     until: float | None = None,
+    as_run: Run | None = None,
 ) -> Outcome:
     """Extract what is pending; the summary's `rejects` are the whole table's, all other counts this run's.
 
@@ -150,17 +153,19 @@ def run(
         profile: stop after about so many images, which stay in the table, and say what held them up.
         since: only shards that came or were replaced after that, in seconds since 1970 UTC; the others stay pending.
         until: stop between two parts when `time.monotonic()` says so; the next run goes on there.
+        as_run: None: one of its own, whose numbers nobody asks for.
     """
-    run_id = new_run_id("extract")
+    as_run = as_run or Run.new("extract")
     passed = run_pass(
         _pass_of(recipe),
+        as_run.metrics,
         prune=prune,
         prune_up_to=prune_up_to,
         replay_rejects=replay_rejects,
         since=since,
         stop=Stop(profile, until),
     )
-    summary = {"verb": "extract", "run_id": run_id, "table": recipe.output.uri, **passed.summary}
+    summary = {"verb": "extract", "run_id": as_run.run_id, "table": recipe.output.uri, **passed.summary}
     return Outcome(summary, passed.verdict)
 
 
@@ -170,6 +175,7 @@ def _pass_of(recipe: ExtractRecipe) -> ImagePass:
 
 def run_pass(
     work: ImagePass,
+    metrics: RunMetrics,
     *,
     prune: bool,
     prune_up_to: int | None,
@@ -201,7 +207,9 @@ def run_pass(
     num_groups = 0
     left = len(pending.works)
     if record is None or None in records or pending.works or not _names_same_backbone(recipe, record):
-        sizing, machines, num_groups, record = _extract(work, record, pending, totals, here, stop)
+        keeps_embeddings = work.labels is None or work.labels.job.keeps_embeddings
+        told = _Told(pending, totals, stop, metrics, keeps_embeddings)
+        sizing, machines, num_groups, record = _extract(work, record, told, here)
         left -= totals.shards_done + totals.shards.failed
         if not stop.was_asked:
             totals.require_whole()
@@ -245,13 +253,20 @@ def _judged(work: ImagePass, record: Record) -> tuple[Counter[str], OverBudget |
     return max(verdicts, key=lambda verdict: (verdict[1] is not None, verdict[0].total()))
 
 
+def stores(recipe: ExtractRecipe) -> list[Store]:
+    """What the job makes: the embedding table."""
+    from engine.storage import open_store
+
+    return [open_store(recipe.output.uri, recipe.storage)]
+
+
+def cluster_address(recipe: ExtractRecipe) -> str | None:
+    """The recipe's cluster."""
+    return recipe.compute.address
+
+
 def _extract(
-    work: ImagePass,
-    record: Record | None,
-    pending: PendingShards,
-    totals: RunTotals,
-    here: Machines,
-    stop: Stop,
+    work: ImagePass, record: Record | None, told: _Told, here: Machines
 ) -> tuple[Sizing, Machines, int, Record]:
     """Resolve the tables and stream what is pending; answers with layout, number of read tasks, record."""
     from engine.beside import beside
@@ -260,6 +275,7 @@ def _extract(
 
     recipe = work.recipe
     in_cluster = joins_cluster(recipe.compute.address)
+    pending = told.pending
     archive = _archive(recipe, pending)
     with contextlib.ExitStack() as stack:
         setup: Answer
@@ -294,7 +310,7 @@ def _extract(
             labels = None if work.labels is None else work.labels.job
             # Closed while there is a Ray: what Ray Data does afterwards would start another.
             with contextlib.closing(run_extract(job, setup, groups, sizing, labels)) as receipts:
-                _follow(receipts, totals, pending, stop)
+                _follow(receipts, told)
         else:
             setup.get()
         return sizing, machines, len(groups), _record_of(work)
@@ -547,12 +563,12 @@ def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:
     from engine.sizing import check_room
 
     if warning := check_room(sizing, machines, can_grow):
-        _say_once(f"warning: {warning}")
+        _say_once(warning)
 
 
 @functools.cache
-def _say_once(text: str) -> None:
-    say(text)
+def _say_once(warning: str) -> None:
+    say(warning, logging.WARNING)
 
 
 def rows_per_part_of(recipe: ImageRecipe, record: Record | None) -> int:
@@ -704,19 +720,64 @@ class Stop:
         return self.was_asked
 
 
-def _follow(receipts: Iterator[Receipt], totals: RunTotals, pending: PendingShards, stop: Stop) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What there is to do, and what hears of what is done."""
+
+    pending: PendingShards
+    totals: RunTotals
+    stop: Stop
+    metrics: RunMetrics
+    keeps_embeddings: bool
+
+
+def _follow(receipts: Iterator[Receipt], told: _Told) -> None:
     """Count receipts as they come, and show how far the run is."""
-    started = time.monotonic()
+    started, pending, totals = time.monotonic(), told.pending, told.totals
+    _measure_shards(told)
     with progress_bar("shards", len(pending.works)) as (bar, task):
         for receipt in receipts:
-            totals.add(receipt)
+            _measure(receipt, told, is_new=totals.add(receipt))
             if receipt.header.damage is not None:
-                say(f"shard failed: {receipt.header.shard}: {' '.join(receipt.header.damage.split())}")
+                shard, reason = receipt.header.shard, " ".join(receipt.header.damage.split())
+                say(f"shard failed: {shard}: {reason}", shard=shard, reason=reason)
             rate = totals.rows / (time.monotonic() - started)
             finished = totals.shards_done + totals.shards.failed
             bar.update(task, completed=finished, rate=f"{rate:,.0f} images/s, {totals.rejects:,} rejects")
-            if stop.is_now(totals):
+            if told.stop.is_now(totals):
                 return
+
+
+def _measure(receipt: Receipt, told: _Told, is_new: bool) -> None:
+    """Count a receipt for whoever watches the run; what was read is counted as often as it was read."""
+    from engine.doctor import STAGES
+
+    header, metrics, totals = receipt.header, told.metrics, told.totals
+    metrics.count(
+        run_metrics.READ_BYTES,
+        header.bytes_read,
+        table="embeddings" if told.keeps_embeddings else "predictions",
+    )
+    if is_new:
+        metrics.get_on()
+        metrics.count(run_metrics.IMAGES, header.samples)
+        if told.keeps_embeddings:
+            metrics.wrote("embeddings", receipt.rows)
+        for counts in receipt.bundles.values():
+            metrics.wrote("predictions", counts.rows, counts.parts)
+        for reason, count in receipt.reject_reasons.items():
+            metrics.count(run_metrics.REJECTS, count, reason=reason)
+        metrics.stages({stage: getattr(header, f"{stage}_s") for stage in STAGES})
+        if seen := totals.rows + totals.rejects:
+            metrics.set(run_metrics.REJECT_RATIO, totals.rejects / seen)
+    _measure_shards(told)
+
+
+def _measure_shards(told: _Told) -> None:
+    done, failed = told.totals.shards_done, told.totals.shards.failed
+    told.metrics.reach(run_metrics.SHARDS_DONE, done)
+    told.metrics.reach(run_metrics.SHARDS_FAILED, failed)
+    told.metrics.set(run_metrics.SHARDS_PENDING, len(told.pending.works) - done - failed)
 
 
 def _clean_up(

@@ -20,11 +20,13 @@ from engine.errors import ClusterError, LabelError, NotBetter
 from engine.finetuning.kinds import FinetuneOutput, FinetuneSettings
 from engine.shards.kinds import SourceConfig
 from engine.storage import StorageConfig, Uri
-from jobs.outcome import Outcome, new_run_id, progress_bar, say
+from jobs.fit import measure_epoch
+from jobs.outcome import Outcome, Run, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.extraction import ExtractJob
     from engine.sizing import Machines, WorkerShare
+    from engine.storage import Store
     from engine.worklist import WorkList
 
 
@@ -60,12 +62,17 @@ class FinetuneRecipe(FinetuneSettings):
     """Where the new backbone and its bundle are published."""
 
 
-def run(recipe: FinetuneRecipe) -> Outcome:
-    """Fine-tune on training workers under Ray Train, the first of which publishes."""
+def run(recipe: FinetuneRecipe, *, as_run: Run | None = None) -> Outcome:
+    """Fine-tune on training workers under Ray Train, the first of which publishes.
+
+    Args:
+        as_run: None: one of its own, whose numbers nobody asks for.
+    """
     from engine.on_ray import machines_of_cluster, ray_session, run_training
     from engine.this_machine import machines_here
 
-    run_id = new_run_id("finetune")
+    as_run = as_run or Run.new("finetune")
+    run_id, metrics = as_run.run_id, as_run.metrics
     works, bundle_id = _look(recipe)
     say(f"finetune: {len(works):,} shards of {recipe.source.uri} ({sum(works.sizes) / 1e6:,.1f} MB)")
     workers, here = recipe.strategy.workers, machines_here()
@@ -75,6 +82,10 @@ def run(recipe: FinetuneRecipe) -> Outcome:
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):
 
             def show(epoch: dict[str, Any]) -> None:
+                if epoch["phase"] == "reading":
+                    metrics.get_on()
+                else:
+                    measure_epoch(epoch, metrics)
                 total = epoch["epochs"]
                 done = 0 if epoch["phase"] == "reading" else epoch["epoch"]
                 bar.update(
@@ -96,6 +107,18 @@ def run(recipe: FinetuneRecipe) -> Outcome:
             way_out="unfreeze other layers, try another learning rate, or set publish: always",
         )
     return Outcome(summary, verdict)
+
+
+def stores(recipe: FinetuneRecipe) -> list[Store]:
+    """What the job makes: a backbone with its bundle."""
+    from engine.storage import open_store
+
+    return [open_store(recipe.output.uri, recipe.storage)]
+
+
+def cluster_address(_recipe: FinetuneRecipe) -> str | None:
+    """The environment's."""
+    return None
 
 
 def _layout(recipe: FinetuneRecipe, machines: Machines, cpus_here: float) -> tuple[WorkerShare, int]:

@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import run_metrics
 from engine.config import Config
 from engine.errors import LabelError
+from engine.run_metrics import RunMetrics
 from engine.storage import StorageConfig, Uri
 from engine.training.kinds import FitOutput, FitSettings
-from jobs.outcome import Outcome, new_run_id, progress_bar, say
+from jobs.outcome import Outcome, Run, progress_bar, say
 
 if TYPE_CHECKING:
+    from engine.storage import Store
     from engine.tables import Table
 
 
@@ -47,19 +50,25 @@ class FitRecipe(FitSettings):
     """Where the bundle is published."""
 
 
-def run(recipe: FitRecipe) -> Outcome:
-    """Fit on training workers under Ray Train, the first of which publishes the bundle."""
+def run(recipe: FitRecipe, *, as_run: Run | None = None) -> Outcome:
+    """Fit on training workers under Ray Train, the first of which publishes the bundle.
+
+    Args:
+        as_run: None: one of its own, whose numbers nobody asks for.
+    """
     from engine.cluster_head import joins_cluster
     from engine.on_ray import machines_of_cluster, ray_session, run_training
     from engine.sizing import share_of_workers, share_of_workers_here
     from engine.this_machine import machines_here
 
-    run_id = new_run_id("fit")
+    as_run = as_run or Run.new("fit")
+    run_id, metrics = as_run.run_id, as_run.metrics
     table, columns = _look(recipe)
     say(f"fit: {len(table.parts):,} parts of {recipe.embeddings.uri}")
     if table.incomplete_shards:
         say(
-            f"warning: {table.incomplete_shards:,} shards of the table are not complete; their rows so far are used"
+            f"{table.incomplete_shards:,} shards of the table are not complete; their rows so far are used",
+            logging.WARNING,
         )
     workers = recipe.strategy.workers
     cpus_here = max(machines_here().cpus, workers)
@@ -74,12 +83,34 @@ def run(recipe: FitRecipe) -> Outcome:
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):
 
             def show(epoch: dict[str, Any]) -> None:
+                measure_epoch(epoch, metrics)
                 bar.update(task, completed=epoch["epoch"], rate=_figures(epoch))
 
             answer = run_training(functools.partial(fit_on_worker, recipe, columns), show, workers, share)
     for note in answer["notes"]:
         say(f"note: {note}")
     return Outcome({"verb": "fit", "run_id": run_id, **answer["summary"]})
+
+
+def stores(recipe: FitRecipe) -> list[Store]:
+    """What the job makes: a bundle."""
+    from engine.storage import open_store
+
+    return [open_store(recipe.output.uri, recipe.storage)]
+
+
+def cluster_address(_recipe: FitRecipe) -> str | None:
+    """The environment's."""
+    return None
+
+
+def measure_epoch(epoch: dict[str, Any], metrics: RunMetrics) -> None:
+    """Count a trained epoch for whoever watches the run."""
+    metrics.get_on()
+    metrics.count(run_metrics.EPOCHS)
+    for split in ("train", "validation"):
+        if epoch[f"{split}_loss"] is not None:
+            metrics.set(run_metrics.EPOCH_LOSS, epoch[f"{split}_loss"], split=split)
 
 
 def _figures(epoch: dict[str, Any]) -> str:

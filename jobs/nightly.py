@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from engine import run_metrics
 from engine.config import Config
 from engine.errors import EngineError, HeldBack, RecipeError
 from engine.gate import GateConfig
+from engine.log_lines import print_error
+from engine.run_metrics import RunMetrics
 from jobs.extract import ExtractRecipe
-from jobs.outcome import Outcome, new_run_id, say
+from jobs.outcome import Outcome, Run, new_run_id, say
 from jobs.score import ScoredBundle, ScoreRecipe
 
 if TYPE_CHECKING:
@@ -107,18 +110,21 @@ def run(
     prune: bool = False,
     prune_up_to: int | None = None,
     since: float | None = None,
+    as_run: Run | None = None,
 ) -> Outcome:
     """One night.
 
     Args:
         publish: only publish what an earlier night held back: a person has looked at it.
         prune, prune_up_to, since: as of `extract`.
+        as_run: None: one of its own, whose numbers nobody asks for.
     """
     _require_one_task(publish, prune, prune_up_to, since)
     from engine.lease import held_lease, this_run
     from engine.storage import open_store
 
-    run_id, started = new_run_id("nightly"), time.monotonic()
+    started, as_run = time.monotonic(), as_run or Run.new("nightly")
+    run_id, metrics = as_run.run_id, as_run.metrics
     table = open_store(recipe.output.uri, recipe.storage)
     with held_lease(
         table,
@@ -128,11 +134,44 @@ def run(
         recipe.lease.wait_seconds,
         lambda record: say(f"waiting: {record.owner.run_id} on {record.owner.host} is at work here"),
     ) as lease:
-        night = {"verb": "nightly", "run_id": run_id, "table": table.uri}
+        metrics.follow(run_metrics.LEASE_HELD, lambda: 0.0 if lease.lost else 1.0)
+        metrics.follow(run_metrics.LEASE_AGE, lambda: lease.age)
+        night = _Night({"verb": "nightly", "run_id": run_id, "table": table.uri}, lease, started, metrics)
         if publish:
-            return _published_by_hand(recipe, night, lease, started)
-        options = {"prune": prune, "prune_up_to": prune_up_to, "since": since}
-        return _one_night(recipe, night, lease, started, options)
+            return _published_by_hand(recipe, night)
+        return _one_night(recipe, night, {"prune": prune, "prune_up_to": prune_up_to, "since": since})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Night:
+    """What every step of a night knows.
+
+    Attributes:
+        facts: what its summaries begin with.
+        started: by `time.monotonic()`.
+    """
+
+    facts: dict[str, Any]
+    lease: Lease
+    started: float
+    metrics: RunMetrics
+
+    def step(self) -> None:
+        """Between two steps that readers see: the lease must still be ours, and whoever watches sees it get on."""
+        self.lease.check()
+        self.metrics.get_on()
+
+
+def stores(recipe: NightlyRecipe) -> list[Store]:
+    """Where its record is kept: the embedding table; prediction tables have the night's summary."""
+    from engine.storage import open_store
+
+    return [open_store(recipe.output.uri, recipe.storage)]
+
+
+def cluster_address(recipe: NightlyRecipe) -> str | None:
+    """The recipe's cluster."""
+    return recipe.compute.address
 
 
 def _require_one_task(publish: bool, prune: bool, prune_up_to: int | None, since: float | None) -> None:
@@ -143,21 +182,24 @@ def _require_one_task(publish: bool, prune: bool, prune_up_to: int | None, since
         )
 
 
-def _one_night(
-    recipe: NightlyRecipe, night: dict[str, Any], lease: Lease, started: float, options: dict[str, Any]
-) -> Outcome:
+def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) -> Outcome:
     from jobs import extract, score
 
+    started, metrics = night.started, night.metrics
     _scoring_plan(recipe)
     seconds = recipe.budget.seconds(datetime.datetime.now())
     until = None if seconds is None else started + seconds
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
-    extracted = extract.run(recipe.extraction(), until=extract_until, **options)
-    lease.check()
-    scored = score.run(recipe.scoring(), held=True, until=until)
-    lease.check()
+    if until is not None:
+        metrics.set(run_metrics.DEADLINE, time.time() + until - time.monotonic())
+    extracted = extract.run(
+        recipe.extraction(), until=extract_until, as_run=Run(new_run_id("extract"), metrics), **options
+    )
+    night.step()
+    scored = score.run(recipe.scoring(), held=True, until=until, as_run=Run(new_run_id("score"), metrics))
+    night.step()
     tables = [
-        _judged(recipe, wanted, told["bundle"], lease, night)
+        _judged(recipe, wanted, told["bundle"], night)
         for wanted, told in zip(recipe.bundles, scored.summary["bundles"], strict=True)
     ]
     wanted = ("shards_total", "shards_skipped", "shards_done", "shards_failed", "failed_shards", "shards_left",
@@ -165,7 +207,7 @@ def _one_night(
               "seconds", "bottleneck")  # fmt: skip
     left = extracted.summary["shards_left"] + scored.summary["parts_left"]
     summary = {
-        **night,
+        **night.facts,
         "fingerprint": extracted.summary["fingerprint"],
         "is_finished": not left,
         "extract": {name: extracted.summary.get(name) for name in wanted},
@@ -176,13 +218,14 @@ def _one_night(
         "seconds": round(time.monotonic() - started, 3),
     }
     _keep(recipe, summary)
+    metrics.set(run_metrics.HELD_PARTS, summary["held_parts"])
     if left:
         say(f"the time is up: {extracted.summary['shards_left']:,} shards and {scored.summary['parts_left']:,} "
             f"parts are left for the next night")  # fmt: skip
     verdicts = [verdict for _, verdict in tables] + [extracted.verdict]
     told = [verdict for verdict in verdicts if verdict is not None]
     for other in told[1:]:  # the exit code is the first one's
-        say(f"error: {other}")
+        print_error(other)
     return Outcome(summary, told[0] if told else None)
 
 
@@ -211,8 +254,7 @@ def _judged(
     recipe: NightlyRecipe,
     wanted: ScoredBundle,
     bundle_id: str,
-    lease: Lease,
-    facts_of_night: Mapping[str, Any],
+    this_night: _Night,
 ) -> tuple[dict[str, Any], EngineError | None]:
     """Judge what this night holds for one table, and publish it if the gate says so; what an earlier one was refused
     stays held."""
@@ -249,14 +291,16 @@ def _judged(
         facts["gate"] = verdict.to_json()
         say(f"{table.uri}: {verdict.in_words()}")
         broken = verdict.error(table.uri)
+        decision = "published" if broken is None else "held_back"
+        this_night.metrics.count(run_metrics.GATE_DECISIONS, decision=decision)
         if broken is not None:
-            night.refuse(table, tonight, facts_of_night["run_id"])
+            night.refuse(table, tonight, this_night.facts["run_id"])
             facts["refused_parts"] = len(held)
         else:
-            facts["published_parts"] = night.publish(table, tonight, lease.check)
+            facts["published_parts"] = night.publish(table, tonight, this_night.step)
             facts |= {"published_rows": found.rows, "held_parts": len(held) - len(tonight)}
     # At once: the next night goes by it.
-    night.keep_night(table, facts_of_night["run_id"], {**facts_of_night, **facts})
+    night.keep_night(table, this_night.facts["run_id"], {**this_night.facts, **facts})
     if facts["published_parts"]:
         sweep_predictions(table, lambda: wanted_now(embeddings))
     return facts, broken or _still_held(table, held, refused)
@@ -313,15 +357,14 @@ def _verdict(
     return judge(night, recipe.gate)
 
 
-def _published_by_hand(
-    recipe: NightlyRecipe, night_facts: dict[str, Any], lease: Lease, started: float
-) -> Outcome:
+def _published_by_hand(recipe: NightlyRecipe, this_night: _Night) -> Outcome:
     """Publish what is held for each table, whatever the gate says."""
     from engine import night
     from engine.storage import open_store
     from engine.tables import sweep_predictions
     from jobs.score import wanted_now
 
+    night_facts, started = this_night.facts, this_night.started
     embeddings = open_store(recipe.output.uri, recipe.storage)
     tables: list[dict[str, Any]] = []
     for wanted in recipe.bundles:
@@ -330,12 +373,16 @@ def _published_by_hand(
         held = night.held_parts(table)
         found = night.tally(table, embeddings, held)
         facts: dict[str, Any] = {"table": table.uri, "held_parts": 0, "by_hand": True}
-        facts |= {"published_parts": night.publish(table, held, lease.check), "published_rows": found.rows}
+        facts |= {
+            "published_parts": night.publish(table, held, this_night.step),
+            "published_rows": found.rows,
+        }
         facts |= {"answer_counts": found.answer_counts, "abstained": found.abstained}
         seconds = round(time.monotonic() - started, 3)
         night.keep_night(table, night_facts["run_id"], {**night_facts, **facts, "seconds": seconds})
         sweep_predictions(table, lambda: wanted_now(embeddings))
         tables.append(facts)
+    this_night.metrics.set(run_metrics.HELD_PARTS, 0)
     summary = {
         **night_facts,
         "tables": tables,

@@ -1,16 +1,18 @@
 """What a job hands back to the command line, and how it talks to a person while it runs.
 
-Not for: computing anything. Everything but the JSON summary goes to stderr.
+For people, or as JSON lines where `engine.log_lines` is in use. Not for: computing anything. Everything but the JSON
+summary goes to stderr.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +25,11 @@ from rich.progress import (
 )
 
 from engine.errors import EngineError
+from engine.log_lines import JsonLog, json_log
+from engine.run_metrics import RunMetrics
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+PROGRESS_EVERY_S = 30.0  # a line of JSON; a bar moves as it likes
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,60 @@ class Outcome:
     verdict: EngineError | None = None
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a verb: the name that it goes by, and where it counts what it does."""
+
+    run_id: str
+    metrics: RunMetrics
+
+    @staticmethod
+    def new(verb: str) -> Run:
+        """One whose numbers nobody asks for."""
+        return Run(new_run_id(verb), RunMetrics(verb))
+
+
 def new_run_id(verb: str) -> str:
     """A name for one run: verb, UTC time, four random hex digits."""
     return f"{verb}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
 
 
-def say(text: str) -> None:
-    """One line to stderr, printed as it is."""
-    console.print(text, markup=False)
+def say(text: str, level: int = logging.INFO, **fields: Any) -> None:
+    """One line to stderr, printed as it is; a warning says that it is one.
+
+    Args:
+        fields: what the text names, for machines; people have it in the text.
+    """
+    log = json_log()
+    if log is not None:
+        log.tell(level, text, **fields)
+        return
+    prefix = f"{logging.getLevelName(level).lower()}: " if level >= logging.WARNING else ""
+    console.print(f"{prefix}{text}", markup=False)
+
+
+class Bar(Protocol):
+    """What shows how far a run is."""
+
+    def update(
+        self,
+        task_id: Any,
+        *,
+        description: str | None = None,
+        completed: float | None = None,
+        total: float | None = None,
+        rate: str = "",
+    ) -> None:
+        """Show it; what is left out stays."""
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[tuple[Progress, Any]]:
-    """A live bar on a terminal; nothing where stderr is a file (the summary says it all)."""
+def progress_bar(description: str, total: int) -> Iterator[tuple[Bar, Any]]:
+    """A live bar on a terminal; nothing where stderr is a file (the summary says it all); lines in a JSON log."""
+    log = json_log()
+    if log is not None:
+        yield _ProgressLines(log, description, total), None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,8 +106,44 @@ def progress_bar(description: str, total: int) -> Iterator[tuple[Progress, Any]]
         yield bar, bar.add_task(description, total=total, rate="")
 
 
+class _ProgressLines:
+    """A line at the first news, and then one every PROGRESS_EVERY_S at most."""
+
+    def __init__(self, log: JsonLog, description: str, total: float) -> None:
+        self._log, self._description, self._total = log, description, total
+        self._completed, self._told_at = 0.0, float("-inf")
+
+    def update(
+        self,
+        task_id: Any,
+        *,
+        description: str | None = None,
+        completed: float | None = None,
+        total: float | None = None,
+        rate: str = "",
+    ) -> None:
+        self._description = description or self._description
+        self._completed = self._completed if completed is None else completed
+        self._total = self._total if total is None else total
+        if time.monotonic() - self._told_at >= PROGRESS_EVERY_S:
+            self._told_at = time.monotonic()
+            message = f"{self._completed:,} of {self._total:,} {self._description}"
+            self._log.tell(
+                logging.INFO,
+                message,
+                progress=self._description,
+                done=self._completed,
+                of=self._total,
+                rate=rate,
+            )
+
+
 def print_summary(summary: dict[str, Any]) -> None:
-    """The closing summary for a person: one line a key, empty ones left out."""
+    """The closing summary for a person: one line a key, empty ones left out; in a JSON log one line."""
+    log = json_log()
+    if log is not None:
+        log.tell(logging.INFO, "summary", summary=summary)
+        return
     lines = [line for key, value in summary.items() for line in _summary_lines(key, value)]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from engine import __version__
+from engine import __version__, run_metrics
 from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
 from engine.decisions import PredictionOutput
 from engine.errors import ContractMismatch, HeldBack, RecipeError
 from engine.recipes import Compute, Limits, PassingEmbeddings
+from engine.run_metrics import RunMetrics
 from engine.runtimes.kinds import RuntimeConfig
 from engine.shards.kinds import SourceConfig
 from engine.storage import StorageConfig, Uri
 from jobs.fit import EmbeddingInput, require_columns
-from jobs.outcome import Outcome, new_run_id, progress_bar, say
+from jobs.outcome import Outcome, Run, progress_bar, say
 
 if TYPE_CHECKING:
     from engine.heads.bundle import Bundle
@@ -118,6 +119,7 @@ def run(
     prune: bool = False,
     prune_up_to: int | None = None,
     replay_rejects: bool = False,
+    as_run: Run | None = None,
 ) -> Outcome:
     """Score what has no predictions yet, then drop predictions of what was rewritten.
 
@@ -126,15 +128,16 @@ def run(
             embeddings only.
         until: stop between two parts when `time.monotonic()` says so; the next run goes on there.
         prune, prune_up_to, replay_rejects: as of `extract`; of images only.
+        as_run: None: one of its own, whose numbers nobody asks for.
     """
+    started, as_run = time.monotonic(), as_run or Run.new("score")
     if recipe.source is not None:
         from jobs import score_images
 
-        return score_images.run(recipe, until, prune, prune_up_to, replay_rejects)
+        return score_images.run(recipe, as_run, until, prune, prune_up_to, replay_rejects)
     _require_images(prune, prune_up_to, replay_rejects)
-    started, run_id = time.monotonic(), new_run_id("score")
-    scored = score_embeddings(recipe, held, until)
-    summary = summary_of(run_id, scored, time.monotonic() - started)
+    scored = score_embeddings(recipe, as_run.metrics, held, until)
+    summary = summary_of(as_run.run_id, scored, time.monotonic() - started)
     return Outcome({**summary, "parts_left": scored.parts_left})
 
 
@@ -168,7 +171,7 @@ class Scored:
     parts_left: int
 
 
-def score_embeddings(recipe: ScoreRecipe, held: bool, until: float | None) -> Scored:
+def score_embeddings(recipe: ScoreRecipe, metrics: RunMetrics, held: bool, until: float | None) -> Scored:
     """Score the embedding parts that have no predictions yet; arguments as of `run`."""
     from engine.predictor import BundleCounts
     from engine.tables import claim_table, sweep_predictions
@@ -179,7 +182,7 @@ def score_embeddings(recipe: ScoreRecipe, held: bool, until: float | None) -> Sc
     for bundle, table in zip(look.bundles, look.tables, strict=True):
         record = record_of(look.embeddings.store.uri, look.embeddings.record["fingerprint"], bundle)
         require_same(claim_table(table, record), record["contract"], table.uri)
-    receipts = _scored(recipe, look, pending, until) if pending else []
+    receipts = _scored(recipe, look, pending, until, metrics) if pending else []
     left = len(pending) - sum(receipt.parts_read for receipt in receipts)
     for table in () if held else look.tables:
         if swept := sweep_predictions(table, lambda: wanted_now(look.embeddings.store)):
@@ -192,8 +195,24 @@ def score_embeddings(recipe: ScoreRecipe, held: bool, until: float | None) -> Sc
     return Scored(look.bundles, tables, totals, len(pending) - left, left)
 
 
+def stores(recipe: ScoreRecipe) -> list[Store]:
+    """What the job makes: a prediction table of each bundle."""
+    from engine.storage import open_store
+
+    return [open_store(wanted.output.uri, recipe.storage) for wanted in recipe.bundles]
+
+
+def cluster_address(recipe: ScoreRecipe) -> str | None:
+    """The recipe's cluster."""
+    return recipe.compute.address
+
+
 def _scored(
-    recipe: ScoreRecipe, look: _Look, pending: Sequence[PendingPart], until: float | None
+    recipe: ScoreRecipe,
+    look: _Look,
+    pending: Sequence[PendingPart],
+    until: float | None,
+    metrics: RunMetrics,
 ) -> list[ScoreReceipt]:
     """Spread the pending parts over scorers, one for each core."""
     from engine.on_ray import machines_of_cluster, ray_session, run_parts
@@ -209,6 +228,7 @@ def _scored(
     started = time.monotonic()
     receipts: list[ScoreReceipt] = []
     parts = rows = 0
+    metrics.set(run_metrics.PARTS_PENDING, len(pending))
     with (
         ray_session(None, local_cpus=machines_here().cpus),
         progress_bar("parts", len(pending)) as (bar, task),
@@ -222,10 +242,21 @@ def _scored(
                 receipts.append(receipt)
                 parts += receipt.parts_read
                 rows += sum(counts.rows for counts in receipt.bundles.values())
+                _measure(receipt, metrics)
+                metrics.set(run_metrics.PARTS_PENDING, len(pending) - parts)
                 bar.update(task, completed=parts, rate=f"{rows / (time.monotonic() - started):,.0f} rows/s")
                 if until is not None and time.monotonic() >= until:
                     break
     return receipts
+
+
+def _measure(receipt: ScoreReceipt, metrics: RunMetrics) -> None:
+    """Count a receipt for whoever watches the run."""
+    metrics.get_on()
+    for counts in receipt.bundles.values():
+        metrics.wrote("predictions", counts.rows, counts.parts)
+    metrics.count(run_metrics.READ_BYTES, receipt.bytes_read, table="predictions")
+    metrics.stages(receipt.stage_s)
 
 
 def summary_of(run_id: str, scored: Scored, seconds: float) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from jobs.extract import (
     run_pass,
 )
 from jobs.fit import EmbeddingInput
-from jobs.outcome import Outcome, new_run_id
+from jobs.outcome import Outcome, Run
 from jobs.score import (
     Scored,
     ScoreRecipe,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 def run(
     recipe: ScoreRecipe,
+    as_run: Run,
     until: float | None,
     prune: bool,
     prune_up_to: int | None,
@@ -62,12 +63,13 @@ def run(
     """Score the shards that are not done; arguments as of `jobs.score.run`."""
     from engine.predictor import BundleCounts
 
-    started, run_id = time.monotonic(), new_run_id("score")
+    started = time.monotonic()
     work = _pass_of(recipe)
     assert work.labels is not None
     jobs = work.labels.job.bundles
     passed = run_pass(
         work,
+        as_run.metrics,
         prune=prune,
         prune_up_to=prune_up_to,
         replay_rejects=replay_rejects,
@@ -77,8 +79,10 @@ def run(
     totals = tuple(passed.totals.bundles.get(place, BundleCounts()) for place in range(len(jobs)))
     scored = Scored(jobs, tuple(job.table_uri for job in jobs), totals, parts_read=0, parts_left=0)
     if recipe.output.uri is not None:
-        scored = _with_rest(scored, score_embeddings(_of_kept(recipe), held=False, until=until))
-    summary = summary_of(run_id, scored, time.monotonic() - started)
+        scored = _with_rest(
+            scored, score_embeddings(_of_kept(recipe), as_run.metrics, held=False, until=until)
+        )
+    summary = summary_of(as_run.run_id, scored, time.monotonic() - started)
     kept = {"embeddings": recipe.output.uri, "parts_left": scored.parts_left, "images": passed.summary}
     return Outcome({**summary, **kept}, passed.verdict)
 

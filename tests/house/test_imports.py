@@ -12,12 +12,22 @@ import pytest
 
 # A module may import engine modules of lower floors, and of its own room. One floor is one tuple.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "schema", "config", "import_without", "doctor", "parquet_footer"),
+    (
+        "errors",
+        "schema",
+        "config",
+        "import_without",
+        "doctor",
+        "parquet_footer",
+        "run_metrics",
+        "log_lines",
+    ),
     ("parts", "storage", "beside", "plain_pages", "copies"),
     (
         "recipes",
         "worklist",
         "lease",
+        "run_record",
         "tables",
         "shards",
         "images",
