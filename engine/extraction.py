@@ -320,6 +320,8 @@ def _parts_of_shard(
     try:
         samples = meter.timed(reader.read(source, shard, resume, on_bytes=meter.add_bytes))
         for sample in samples:
+            if not work.has(sample.index):
+                continue
             if builder.is_full:
                 if number not in existing.numbers:
                     yield builder.finish(False, meter.take_bytes(), meter.take_seconds())

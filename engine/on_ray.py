@@ -352,12 +352,14 @@ def run_read(job: ExtractJob, groups: Sequence[WorkList], readers: int) -> Gener
     May be called within a training worker: what is read goes straight to its process.
 
     Args:
-        groups: shards of one read task each.
+        groups: shards of one read task each; none: nothing is read.
         readers: tasks at once.
 
     Raises:
         EngineError: as a reader raised it.
     """
+    if not groups:
+        return
     part = job.rows_per_part * job.backbone.input_size**2 * 3
     _set_data_context(4.0 * (readers + 1) * max(part, SMALL_PART_BYTES))
     dataset = ray.data.read_datasource(

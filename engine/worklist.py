@@ -13,6 +13,9 @@ from typing import Any, final, overload
 from engine.parts import NOTHING, Progress
 from engine.storage import ObjectInfo
 
+ALL_SAMPLES = (0, 1)
+"""The turn of a shard's only reader."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -22,15 +25,22 @@ class ShardWork:
     Attributes:
         existing: in every table that is filled.
         tables: in each of several, where they differ; else empty.
+        turn: (k, n): of its samples those with index k, k + n, k + 2n ..., for one of n readers that share it. Parts
+            are counted within those, so that none may exist where n > 1.
     """
 
     shard: ObjectInfo
     existing: Progress = NOTHING
     tables: tuple[Progress, ...] = ()
+    turn: tuple[int, int] = ALL_SAMPLES
 
     def lacking(self, number: int) -> tuple[int, ...]:
         """Places of the tables that lack a part; empty where all do."""
         return tuple(place for place, one in enumerate(self.tables) if number not in one.numbers)
+
+    def has(self, index: int) -> bool:
+        """Whether the sample at that position of the shard is to be read."""
+        return index % self.turn[1] == self.turn[0]
 
 
 @final
@@ -43,6 +53,7 @@ class WorkList(Sequence[ShardWork]):
         self._sizes = array("Q")
         self._existing: dict[int, Progress] = {}  # of the few that are half done
         self._tables: dict[int, tuple[Progress, ...]] = {}
+        self._turns: dict[int, tuple[int, int]] = {}  # of the few that are shared
         self._same: dict[Any, Any] = {}  # one object for all that are equal: there may be as many as shards
         for work in works:
             self.append(work)
@@ -55,6 +66,8 @@ class WorkList(Sequence[ShardWork]):
             self._existing[len(self._sizes)] = self._same.setdefault(work.existing, work.existing)
         if work.tables:
             self._tables[len(self._sizes)] = self._same.setdefault(work.tables, work.tables)
+        if work.turn != ALL_SAMPLES:
+            self._turns[len(self._sizes)] = work.turn
         self._sizes.append(work.shard.size)
 
     @property
@@ -76,7 +89,8 @@ class WorkList(Sequence[ShardWork]):
             return WorkList(self[position] for position in range(*at.indices(len(self))))
         position = range(len(self))[at]  # negative ones, and the IndexError
         shard = ObjectInfo(self._text(2 * position), self._sizes[position], self._text(2 * position + 1))
-        return ShardWork(shard, self._existing.get(position, NOTHING), self._tables.get(position, ()))
+        existing, tables = self._existing.get(position, NOTHING), self._tables.get(position, ())
+        return ShardWork(shard, existing, tables, self._turns.get(position, ALL_SAMPLES))
 
     def _text(self, number: int) -> str:
         begin = self._ends[number - 1] if number else 0

@@ -41,8 +41,8 @@ class FinetuneCompute(Config):
     """What runs beside the training workers."""
 
     decode_tasks: int | None = Field(default=None, ge=1, le=4096)
-    """Shard readers that run at once, before training begins, of all workers together, each of which reads all images;
-    null: one per CPU core that no worker has. At least one for each worker."""
+    """Shard readers that run at once, before training begins, of all workers together; null: one per CPU core that no
+    worker has. At least one for each worker, which has its own: they read what it has to hold (`training.images`)."""
     decode_threads: int = Field(default=2, ge=1, le=256)
     """Threads that decode images in each reader."""
 
@@ -150,7 +150,7 @@ def _layout(recipe: FinetuneRecipe, machines: Machines, cpus_here: float) -> tup
 
 
 def _each(recipe: FinetuneRecipe, readers: int) -> int:
-    """Of one worker: each reads all images."""
+    """Of one worker: each has readers of its own."""
     return max(1, min(recipe.compute.decode_tasks or readers, readers) // recipe.strategy.workers)
 
 
@@ -186,13 +186,14 @@ def finetune_on_worker(
     """
     from engine.backbones.kinds import built_without_weights
     from engine.finetuning.finetune import finetune_backbone
-    from engine.finetuning.images import collect_images
+    from engine.finetuning.images import collect_images, join_images
     from engine.finetuning.unfreeze import unfreeze
     from engine.heads.bundle import open_bundle
     from engine.on_ray import run_read
     from engine.plan import read_tasks
     from engine.storage import open_store
     from engine.strategies.kinds import open_strategy
+    from engine.strategies.workers import Workers
     from jobs.fit import warnings_of
 
     # First, though it imports TensorFlow: one worker may be done with reading long before another.
@@ -201,16 +202,18 @@ def finetune_on_worker(
     unfreeze(built_without_weights(recipe.backbone, recipe.storage), recipe.unfreeze)
     bundle = open_bundle(open_store(recipe.bundle.uri, recipe.storage), bundle_id) if recipe.bundle else None
     report({"phase": "reading", "epoch": 0, "epochs": recipe.training.epochs})
-    groups = read_tasks(works, readers)
+    workers, is_split = Workers(strategy), recipe.training.images == "split"
+    groups = read_tasks(_works_of_workers(recipe, works)[workers.rank], readers)
     shards = [work.shard.path for work in works]
+    could_be_split = workers.count > 1 and not is_split
     with (
         contextlib.closing(run_read(_job(recipe), groups, readers)) as rows,
         warnings_of("engine.training", "engine.finetuning") as notes,
-        collect_images(rows, shards, recipe.backbone.input_size) as images,
+        collect_images(rows, shards, recipe.backbone.input_size, could_be_split=could_be_split) as collected,
     ):
         found = finetune_backbone(
             strategy,
-            images,
+            join_images(collected, shards, workers) if is_split else collected,
             recipe,
             recipe.storage,
             bundle,
@@ -221,6 +224,14 @@ def finetune_on_worker(
         return None
     summary, comparison = found
     return {"summary": dict(summary), "notes": notes, "told": comparison.in_words()}
+
+
+def _works_of_workers(recipe: FinetuneRecipe, works: WorkList) -> list[WorkList]:
+    """What each worker decodes."""
+    from engine.finetuning.placement import shares_of_workers
+
+    workers = recipe.strategy.workers
+    return shares_of_workers(works, workers) if recipe.training.images == "split" else [works] * workers
 
 
 def _job(recipe: FinetuneRecipe) -> ExtractJob:
@@ -245,6 +256,7 @@ def _job(recipe: FinetuneRecipe) -> ExtractJob:
 def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
     """What `run` would do, from validation, listings and the network's layers; touches nothing."""
     from engine.backbones.kinds import built_without_weights
+    from engine.finetuning.placement import bytes_of
     from engine.finetuning.unfreeze import unfreeze
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded: nothing is computed
@@ -262,6 +274,8 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
         "trainable": unfrozen.trainable,
         "frozen": unfrozen.frozen,
         "bytes_per_image_on_disk": recipe.backbone.input_size**2 * 3,
+        "images": recipe.training.images,
+        "bytes_decoded_by_each_worker": [bytes_of(own) for own in _works_of_workers(recipe, works)],
         "strategy": recipe.strategy.kind,
         "workers": recipe.strategy.workers,
         "bundle": recipe.output.uri,

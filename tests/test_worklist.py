@@ -9,10 +9,10 @@ from engine.worklist import ShardWork, WorkList
 WORKS = [
     ShardWork(ObjectInfo("a.tar", 0, "etag:x:0")),
     ShardWork(ObjectInfo("übung/\udcff.tar", 2**40, "mtime:1:2"), Progress((0, 2), last=3)),
-    ShardWork(ObjectInfo("c", 7, "")),
     ShardWork(
         ObjectInfo("d.tar", 3, "v1"), Progress((1,), last=1), (Progress((0, 1), last=1), Progress((1,)))
     ),
+    ShardWork(ObjectInfo("c", 7, ""), turn=(1, 3)),
 ]
 
 
@@ -21,8 +21,16 @@ def test_works_come_out_as_they_went_in() -> None:
     assert list(packed) == WORKS and len(packed) == 4
     assert packed[-1] == WORKS[-1] and list(packed[1:]) == WORKS[1:]
     assert list(pickle.loads(pickle.dumps(packed[1:2]))) == WORKS[1:2]
-    assert list(packed.sizes) == [0, 2**40, 7, 3]
+    assert list(packed.sizes) == [0, 2**40, 3, 7]
     assert not WorkList()
+
+
+def test_a_turn_is_every_nth_sample_and_all_turns_are_all() -> None:
+    *_, third = WORKS
+    assert [index for index in range(10) if third.has(index)] == [1, 4, 7]
+    turns = [ShardWork(third.shard, turn=(turn, 3)) for turn in range(3)]
+    assert [sum(work.has(index) for work in turns) for index in range(7)] == [1] * 7
+    assert WORKS[0].has(0) and WORKS[0].has(1)
 
 
 def test_a_piece_of_a_long_list_is_small_to_pickle() -> None:

@@ -5,14 +5,12 @@ Shape letters: N labelled images, S side in pixels, D embedding width, K classes
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import keras
@@ -22,54 +20,34 @@ from numpy.typing import NDArray
 
 from engine import __version__
 from engine.backbones.base import Backbone
-from engine.backbones.fingerprint import (
-    fingerprint,
-    fingerprint_contract,
-    fingerprint_fields,
-    tensor_digest,
-)
+from engine.backbones.fingerprint import fingerprint_fields, tensor_digest
 from engine.backbones.kinds import build_backbone
-from engine.backbones.save import config_of_saved, saved_weights
 from engine.config import canonical_json
-from engine.embedder import canary_pixels
-from engine.errors import ContractMismatch, EngineError, LabelError, OverBudget
+from engine.errors import EngineError, LabelError
 from engine.finetuning.augment import Augmenter
 from engine.finetuning.comparison import Comparison, compare
+from engine.finetuning.embeddings import embedded, watch_of
+from engine.finetuning.head_phase import FirstHead, first_head
 from engine.finetuning.images import ImageRows
-from engine.finetuning.kinds import (
-    FinetuneLimits,
-    FinetuneSettings,
-    require_learning_network,
-    require_trainable_head,
-)
-from engine.finetuning.loop import Course, Finetuning, Images, Trainee, Watch
+from engine.finetuning.kinds import FinetuneSettings, require_learning_network
+from engine.finetuning.loop import Course, Finetuning, Images, Trainee
+from engine.finetuning.publish import publish_backbone, remembered
+from engine.finetuning.refusals import require_budget, require_own_head
 from engine.finetuning.step import Classifier, compile_embed, compile_step, with_loss_scale
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
 from engine.heads.bundle import REPORT, Bundle, TrainedHead, publish_bundle
-from engine.heads.kinds import AnyHeadConfig, open_head
-from engine.heads.network import compile_logits
-from engine.heads.reference import Reference, given_classes, representatives
+from engine.heads.kinds import open_head
 from engine.images import DECODE_VERSION
 from engine.report.page import render_report
-from engine.runtimes.kinds import TensorFlowRuntimeConfig
-from engine.schema import SCHEMA_VERSION
 from engine.storage import StorageConfig, Store
 from engine.strategies.base import agreement, is_chief, require_same
-from engine.training import metrics
+from engine.strategies.workers import Workers
 from engine.training.checkpoints import Checkpoints
-from engine.training.grid import Candidate
 from engine.training.judgement import JUDGED
-from engine.training.loop import Report, TrainingResult, TrainingRows, train_heads, unheard
-from engine.training.multi_label import share_right
+from engine.training.loop import Report, TrainingResult, unheard
 from engine.training.partition import Partition, partition
 from engine.training.passes import row_weights
-from engine.training.scaling import Scaling
-from engine.training.step import build_optimizer, cross_entropies, hold_rows
-from engine.training.tasks import Verdict
-
-log = logging.getLogger(__name__)
-Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-WATCHED_AT_ONCE = 1024  # images that are read from the disk for judging
+from engine.training.step import build_optimizer
 
 
 class FinetuneSummary(TypedDict):
@@ -90,7 +68,8 @@ class FinetuneSummary(TypedDict):
     epochs: int
     best_epoch: int  # 0: none was better than what it began with
     skipped_steps: int  # whose gradients were infinite or NaN: under mixed_float16
-    waiting_for_images: float  # share of the time of the steps
+    waiting_for_images: float  # share of the time of the steps, of the worker that waited longest
+    images: dict[str, Any]  # their placement, and how many are on each worker's disk
     seconds: float  # wall time
 
 
@@ -105,12 +84,13 @@ def finetune_backbone(
 ) -> tuple[FinetuneSummary, Comparison] | None:
     """Fit or take a head, train backbone and head together, and publish both if that helped.
 
-    Where several workers do it together, all of them call this with the same images, and the first one answers and
-    publishes; the others have None to say. What was interrupted goes on from its last checkpoint.
+    Where several workers do it together, all of them call this with the same images, or with images that they have
+    joined, and the first one answers and publishes; the others have None to say. What was interrupted goes on from its
+    last checkpoint.
 
     Args:
         strategy: opened, before images were read: that is when workers meet.
-        rows: all images.
+        rows: all images, as `collect_images` or `join_images` give them.
         settings: the recipe; all of it (of a subclass too) goes into the bundle's recipe.json.
         bundle: the head to begin with; None: `settings.head` is fitted first.
         bundle_store: where the new bundle and the new weights go.
@@ -125,7 +105,7 @@ def finetune_backbone(
     started = time.perf_counter()
     config = settings.backbone
     require_learning_network(config)
-    _require_budget(rows, settings.limits)
+    require_budget(rows, settings.limits)
     chief = is_chief(strategy)
     heard = report if chief else unheard
     parted = partition(rows.samples, settings.task, settings.labels, settings.split, storage)
@@ -137,7 +117,8 @@ def finetune_backbone(
         )
     reference = build_backbone(config, storage)  # in float32, and as it answers
     embed = compile_embed(reference.network, reference.scaling)
-    images = _images(rows, parted, settings)
+    workers = Workers(strategy)
+    images = _images(rows, parted, settings, workers)
     training = _digest(images, parted, reference, bundle, settings)
     require_same(
         training,
@@ -147,26 +128,14 @@ def finetune_backbone(
             way_out="run again when nothing writes to the source, the label file or the weights any more",
         ),
     )
-    head_config: AnyHeadConfig
     if bundle is not None:
-        _refuse_other_head(bundle, reference, settings, targets.names)
-        head_config, head_course = bundle.manifest.head, None
-        with strategy.scope():
-            head_network = bundle.network()
-        frozen = {name: _embedded(embed, images, rows_of[name]) for name in JUDGED}
-    else:
-        embeddings_ND = _embedded(embed, images, np.arange(len(targets.array)))
-        head_config = settings.head
-        head_network, head_course = _head_phase(strategy, embeddings_ND, parted, settings, heard)
-        frozen = {name: embeddings_ND[rows_of[name]] for name in JUDGED}
-        del embeddings_ND
-    logits = compile_logits(head_network)
-    before = {name: logits(frozen.pop(name)) for name in JUDGED}
-    head_epochs = len(head_course.history) if head_course else 0
+        require_own_head(bundle, reference, settings, targets.names)
+    first = first_head(strategy, bundle, embed, images, parted, settings, heard)
+    head_epochs = len(first.course.history) if first.course else 0
     checkpoints = Checkpoints(bundle_store, training, settings.training.checkpoint_seconds, writes=chief)
     learnt = _learn(
         strategy,
-        (head_config, head_network),
+        first,
         images,
         rows_of["validation"],
         settings,
@@ -174,20 +143,30 @@ def finetune_backbone(
         checkpoints,
         storage,
     )
-    if not chief:
+    if not chief and images.are_everywhere:
         return None
     unfrozen, course = learnt.unfrozen, learnt.course
     reference.network.set_weights(learnt.tensors)
-    judged = {name: _embedded(embed, images, rows_of[name]) for name in JUDGED}
-    after = {name: logits(judged[name]) for name in JUDGED}
+    judged = {name: embedded(embed, images, rows_of[name]) for name in JUDGED}
+    after = {name: first.logits(judged[name]) for name in JUDGED}
     split = "test" if len(rows_of["test"]) else "validation"
-    comparison = compare(split, before[split], after[split], targets.array[rows_of[split]])
+    comparison = compare(split, first.before[split], after[split], targets.array[rows_of[split]])
     verdict = targets.judge(after, rows_of, parted.names(rows.samples), settings.calibration)
+    publishes = comparison.is_better or settings.publish == "always"
+    if not images.are_everywhere:  # others round otherwise, perhaps: the chief's word
+        publishes = bool(workers.each(publishes)[0])
+    memory = remembered(embed, images, parted, judged, after, verdict) if publishes else None
+    if not chief:
+        return None
+    placed = {
+        "placement": "everywhere" if images.are_everywhere else "split",
+        "rows_per_worker": rows.rows_per_worker(workers.count),
+    }
     record: Mapping[str, Any] | None = None
-    if comparison.is_better or settings.publish == "always":
+    if publishes:
         record = publish_backbone(bundle_store, reference, storage)
         trained = TrainedHead(
-            head_config, head_network, targets.names, settings.task, verdict.calibration, verdict.thresholds
+            first.config, first.network, targets.names, settings.task, verdict.calibration, verdict.thresholds
         )
         publish_bundle(
             bundle_store,
@@ -198,10 +177,15 @@ def finetune_backbone(
                 **parted.facts(),
                 "rejects": dict(rows.rejects),
                 "comparison": comparison.to_json(),
-                "training": _phases(head_course, course, unfrozen, strategy.num_replicas_in_sync),
+                "training": {
+                    "num_replicas": strategy.num_replicas_in_sync,
+                    "images": placed,
+                    "unfrozen": asdict(unfrozen),
+                    **_phases(first.course, course),
+                },
             },
             recipe=settings.model_dump(mode="json"),
-            reference=_reference(embed, images, parted, judged, after, verdict),
+            reference=memory,
             report=render_report,
         )
     checkpoints.clear()
@@ -222,6 +206,7 @@ def finetune_backbone(
         best_epoch=course.best_epoch,
         skipped_steps=course.skipped_steps,
         waiting_for_images=course.waiting,
+        images=placed,
         seconds=round(time.perf_counter() - started, 3),
     )
     return summary, comparison
@@ -238,7 +223,7 @@ class _Learnt:
 
 def _learn(  # noqa: PLR0913, PLR0917
     strategy: tf.distribute.Strategy,
-    head: tuple[AnyHeadConfig, keras.Model],
+    first: FirstHead,
     images: Images,
     validation: NDArray[np.int64],
     settings: FinetuneSettings,
@@ -247,207 +232,31 @@ def _learn(  # noqa: PLR0913, PLR0917
     storage: StorageConfig,
 ) -> _Learnt:
     """Train a second copy of the backbone, which computes in its own precision and is on every device."""
-    head_config, head_network = head
     config = settings.training
     with strategy.scope(), _policy(config.precision):
         learner = build_backbone(settings.backbone, storage)
         unfrozen = unfreeze(learner.network, settings.unfreeze)
-        classifier = Classifier(learner.scaling, learner.network, open_head(head_config), head_network)
+        classifier = Classifier(learner.scaling, learner.network, open_head(first.config), first.network)
         steps_per_epoch = math.ceil(len(images.train) / config.batch_size)
         optimizer = build_optimizer(settings.optimizer, steps_per_epoch, config.epochs)
         if config.precision == "mixed_float16":
             optimizer = with_loss_scale(optimizer, config.batch_size)
         optimizer.build(classifier.learning)
-    step = compile_step(strategy, classifier, optimizer, Augmenter(settings.augment, config.seed), config)
+    augmenter, most = Augmenter(settings.augment, config.seed), min(config.batch_size, len(images.train))
+    step = compile_step(strategy, classifier, optimizer, augmenter, config, most)
     trainee = Trainee(strategy, classifier, optimizer, step)
-    watch = _watch(classifier, images, validation, config.label_smoothing)
+    watch = watch_of(classifier, images, validation, config.label_smoothing)
     course = Finetuning(trainee, images, watch, config, report, checkpoints).run()
     return _Learnt(unfrozen, course, [np.array(weight) for weight in learner.network.weights])
 
 
-def _images(rows: ImageRows, parted: Partition, settings: FinetuneSettings) -> Images:
+def _images(rows: ImageRows, parted: Partition, settings: FinetuneSettings, workers: Workers) -> Images:
     """The labelled ones, and what each counts."""
     targets_N, train = parted.targets.array, parted.rows_of["train"]
     weights_N = np.ones(len(targets_N), np.float32)
     if targets_N.ndim == 1:
         weights_N = row_weights(targets_N, train, settings.training.class_weights)
-    return Images(rows, parted.labelled.positions_N, targets_N, weights_N, train)
-
-
-def publish_backbone(store: Store, backbone: Backbone, storage: StorageConfig) -> dict[str, Any]:
-    """Write the weights of a network beside its bundle, load them again, and say what a table of it would say.
-
-    Returns:
-        A record as `_table.json` has it, of a table that nobody has extracted yet.
-
-    Raises:
-        StorageError: they cannot be written, or read again.
-        WeightsError: what was written does not load.
-    """
-    digest = tensor_digest(backbone.network)
-    name, content = saved_weights(backbone)
-    store.write(name, content)
-    config = config_of_saved(backbone.config, f"{store.uri}/{name}", content)
-    loaded = build_backbone(config, storage)
-    if tensor_digest(loaded.network) != digest:
-        raise ContractMismatch(
-            f"{store.uri}/{name}: the weights that were written are not those that are read",
-            way_out="this is a defect of the engine: nothing was published",
-        )
-    named = fingerprint_fields(loaded, DECODE_VERSION, config.resize, "float32", digest)
-    embed = compile_embed(loaded.network, loaded.scaling)
-    runtime = TensorFlowRuntimeConfig()
-    return {
-        "kind": "embeddings",
-        "schema_version": SCHEMA_VERSION,
-        "contract": fingerprint_contract(named),
-        "fingerprint": fingerprint(named),
-        "tensor_digest": digest,
-        "width": loaded.width,
-        "canary": embed(canary_pixels(loaded.input_size)).tolist(),
-        "backbone": config.model_dump(mode="json"),
-        "runtime": runtime.model_dump(mode="json"),
-        "engine_version": __version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _head_phase(
-    strategy: tf.distribute.Strategy,
-    embeddings_ND: NDArray[np.float32],
-    parted: Partition,
-    settings: FinetuneSettings,
-    report: Report,
-) -> tuple[keras.Model, TrainingResult]:
-    """A new head, fitted on what the frozen backbone says; exactly as `fit` does it."""
-    phase, rows_of = settings.head_phase, parted.rows_of
-    rows = TrainingRows(embeddings_ND, parted.targets.array, rows_of["train"], rows_of["validation"])
-    scaling = None
-    if phase.training.standardise:
-        scaling = Scaling.of(embeddings_ND, rows.train)
-        rows = replace(
-            rows, embeddings_ND=scaling.apply(embeddings_ND, np.empty(embeddings_ND.shape, np.float32))
-        )
-    held = hold_rows(strategy, rows.embeddings_ND, rows.targets_N)
-    candidate = Candidate(settings.head, phase.optimizer)
-    (trained,) = train_heads(
-        [candidate],
-        strategy,
-        rows,
-        phase.training.as_of_fit(),
-        lambda epoch: report({**epoch, "phase": "head"}),
-        held,
-    )
-    network = trained.network
-    if scaling:
-        with strategy.scope():
-            head = open_head(settings.head)
-            network = head.absorb_scaling(network, scaling.subtract_D, scaling.multiply_D)
-    return network, trained.result
-
-
-def _embedded(embed: Embed, images: Images, labelled: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(N, D) of some labelled images; no more of them are in memory at once than are computed on."""
-    portions = [
-        embed(images.pixels(labelled[start : start + WATCHED_AT_ONCE]))
-        for start in range(0, max(1, len(labelled)), WATCHED_AT_ONCE)
-    ]
-    return np.concatenate(portions)
-
-
-def _reference(
-    embed: Embed,
-    images: Images,
-    parted: Partition,
-    judged: Mapping[str, NDArray[np.float32]],
-    after: Mapping[str, NDArray[np.float32]],
-    verdict: Verdict,
-) -> Reference:
-    """What the bundle remembers of these images as the new backbone sees them.
-
-    Of the training images only those are embedded again that become centroids.
-    """
-    targets = parted.targets
-    train = np.unique(representatives(targets.array, parted.rows_of["train"], len(targets.names))[0])
-    embeddings_ND = np.concatenate([_embedded(embed, images, train), *(judged[name] for name in JUDGED)])
-    rows = np.concatenate([train, *(parted.rows_of[name] for name in JUDGED)])
-    places = np.arange(len(rows))
-    given_MK = given_classes(
-        np.concatenate([after[name] for name in JUDGED]), verdict.calibration, verdict.thresholds
-    )
-    return Reference.of(
-        embeddings_ND, targets.array[rows], places[: len(train)], places[len(train) :], given_MK
-    )
-
-
-def _watch(
-    classifier: Classifier, images: Images, validation: NDArray[np.int64], label_smoothing: float
-) -> Watch:
-    """Loss and accuracy on the validation images with the weights that there are. The loss is the one that is trained:
-    without its label smoothing the confident head of the first phase would look better than what follows it."""
-    embed = compile_embed(classifier.backbone, classifier.scaling)
-    logits = compile_logits(classifier.head_network)
-    wanted = images.targets_N[validation]
-
-    def watch() -> tuple[float, ...]:
-        if not len(validation):
-            return ()
-        found_VK = logits(_embedded(embed, images, validation))
-        loss = float(np.mean(cross_entropies(tf.constant(found_VK), tf.constant(wanted), label_smoothing)))
-        return loss, (share_right if wanted.ndim == 2 else metrics.accuracy)(found_VK, wanted)
-
-    return watch
-
-
-def _refuse_other_head(
-    bundle: Bundle,
-    reference: Backbone,
-    settings: FinetuneSettings,
-    classes: tuple[str, ...],
-) -> None:
-    """The bundle must belong to this backbone and answer with the classes of these labels."""
-    manifest = bundle.manifest
-    precision = bundle.document("embeddings_table")["contract"]["fingerprint.precision"]
-    fields = fingerprint_fields(
-        reference, DECODE_VERSION, settings.backbone.resize, precision, tensor_digest(reference.network)
-    )
-    if fingerprint(fields) != manifest.fingerprint:
-        raise ContractMismatch(
-            f"bundle {bundle.store.uri}: its head was fitted on another backbone",
-            found=f"fingerprint {manifest.fingerprint}",
-            wanted=fingerprint(fields),
-            way_out="give the backbone of the table that it was fitted on, or leave `bundle` out: a new head is fitted",
-        )
-    require_trainable_head(bundle, settings.task)
-    if manifest.classes != classes:
-        raise LabelError(
-            f"bundle {bundle.store.uri}: it answers with other classes than these images have",
-            found=_named(manifest.classes),
-            wanted=_named(classes),
-            way_out="correct the labels, or leave `bundle` out: a new head is fitted",
-        )
-
-
-def _named(classes: tuple[str, ...]) -> str:
-    return ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
-
-
-def _require_budget(rows: ImageRows, limits: FinetuneLimits) -> None:
-    rejects = sum(rows.rejects.values())
-    samples = len(rows) + rejects
-    if rejects > limits.max_reject_fraction * samples or (
-        limits.max_rejects is not None and rejects > limits.max_rejects
-    ):
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows.rejects.items()))
-        raise OverBudget(
-            f"finetune: {rejects:,} of {samples:,} samples have no image that can be decoded",
-            found=reasons,
-            wanted=f"at most {limits.max_reject_fraction:.2%} (limits.max_reject_fraction)"
-            + (f" and {limits.max_rejects} (limits.max_rejects)" if limits.max_rejects is not None else ""),
-            way_out="`engine extract` names each in its rejects; repair them, or allow more",
-        )
-    if rejects:
-        log.warning("%d of %d samples have no image that can be decoded and are left out", rejects, samples)
+    return Images(rows, parted.labelled.positions_N, targets_N, weights_N, train, workers)
 
 
 @contextmanager
@@ -468,7 +277,8 @@ def _digest(
     bundle: Bundle | None,
     settings: FinetuneSettings,
 ) -> str:
-    """Of all that training hangs on. Not of the strategy, which changes no more than a last bit."""
+    """Of all that training hangs on. Not of the strategy, which changes no more than a last bit, nor of which worker
+    has an image: fewer workers may go on with what more have begun."""
     config, network = settings.backbone, reference.network
     facts = {
         "engine": __version__,
@@ -480,7 +290,7 @@ def _digest(
         "settings": settings.model_dump(
             mode="json",
             include={"head_phase", "unfreeze", "augment", "optimizer", "training"},
-            exclude={"training": {"checkpoint_seconds", "images_at_once"}},
+            exclude={"training": {"checkpoint_seconds", "images_at_once", "images"}},
         ),
     }
     digest = hashlib.sha256(canonical_json(facts).encode())
@@ -497,9 +307,7 @@ def _digest(
     return digest.hexdigest()
 
 
-def _phases(
-    head: TrainingResult | None, course: Course, unfrozen: Unfrozen, num_replicas: int
-) -> dict[str, Any]:
+def _phases(head: TrainingResult | None, course: Course) -> dict[str, Any]:
     """How training went, for metrics.json: epochs of the second phase count on from those of the first."""
     head_epochs = len(head.history) if head else 0
     second = {
@@ -510,9 +318,4 @@ def _phases(
         "skipped_steps": course.skipped_steps,
         "waiting_for_images": course.waiting,
     }
-    return {
-        "num_replicas": num_replicas,
-        "unfrozen": asdict(unfrozen),
-        "head": head and head.facts(),
-        "backbone": second,
-    }
+    return {"head": head and head.facts(), "backbone": second}

@@ -206,6 +206,11 @@ class FinetuneTrainingConfig(Config):
     scale, and does not count for the learning rate's schedule."""
     seed: int = Field(default=0, ge=0)
     """Of the order of the images in each epoch, of augmentation and of dropout."""
+    images: Literal["everywhere", "split"] = "everywhere"
+    """Which worker decodes an image and has it on its disk. `everywhere`: each of them; an epoch's order, and with it
+    the losses, are the same for any number of workers. `split`: one of them, so that decoding and disks hold for more
+    images the more workers there are. Each worker then shuffles its own, of which every batch has as large a share as
+    the worker has of all, and mixup and cutmix mix images of one worker."""
     checkpoint_seconds: float = Field(default=300.0, ge=0)
     """Least time between checkpoints, which are made between steps; training that was interrupted goes on where the
     last one was made. 0: one after each step."""

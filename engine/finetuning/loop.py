@@ -1,6 +1,6 @@
 """Epochs over images, with early stopping and checkpoints between steps. Not for: what a step does.
 
-Shape letters: N images held, R replicas, B images of one replica's share, V validation images.
+Shape letters: N labelled images, T of them in an epoch or what is left of it, B images that a worker hands to a step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.finetuning.images import ImageRows
 from engine.finetuning.kinds import FinetuneTrainingConfig
+from engine.finetuning.order import NO_IMAGE, Batch, Feed, ImagesEverywhere, ImagesSplit, Order
 from engine.finetuning.step import Classifier, Step, overflows_unscaled
 from engine.strategies.base import agreement
+from engine.strategies.workers import Workers
 from engine.training.checkpoints import Checkpoints, State
 from engine.training.loop import Epoch, Report
-from engine.training.passes import Batch, global_batches
 
 log = logging.getLogger(__name__)
 OTHER_THAN_FLOAT16 = ", or set training.precision to mixed_bfloat16 or float32, whose numbers reach further"
@@ -44,6 +45,7 @@ class Images:
         targets_N: of each labelled one: its class, or (N, K) with 1 where it has the class.
         weights_N: what each counts.
         train: numbers of those that are learnt from, within the labelled ones.
+        workers: who train together.
     """
 
     rows: ImageRows
@@ -51,10 +53,44 @@ class Images:
     targets_N: NDArray[np.integer[Any]]
     weights_N: NDArray[np.float32]
     train: NDArray[np.int64]
+    workers: Workers
+
+    @property
+    def holders_N(self) -> NDArray[np.int64] | None:
+        """The worker that has each labelled one; None: each worker has all."""
+        return None if self.rows.holders_N is None else self.rows.holders_N[self.numbers_N]
+
+    @property
+    def are_everywhere(self) -> bool:
+        """Whether each worker has all of them."""
+        return self.rows.holders_N is None
+
+    def own(self, labelled: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places of those among them that this worker is to look at: all, or those that it alone has."""
+        if self.holders_N is None:
+            return np.arange(len(labelled))
+        return np.flatnonzero(self.holders_N[labelled] == self.workers.rank)
+
+    def summed(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """What each worker has found of its `own` ones, of all; all workers must call it."""
+        return numbers if self.are_everywhere else self.workers.summed(numbers)
 
     def pixels(self, labelled: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Of some of the labelled ones."""
+        """Of some of the labelled ones that are here."""
         return self.rows.pixels(self.numbers_N[labelled])
+
+    def feed(self, batch: Batch) -> Feed:
+        """A batch with its images."""
+        rows_B = batch.rows_RB.ravel()
+        is_image_B = rows_B != NO_IMAGE
+        if is_image_B.all():
+            pixels_BSS3 = self.pixels(rows_B)
+        else:
+            side = self.rows.side_px
+            pixels_BSS3 = np.zeros((len(rows_B), side, side, 3), np.uint8)
+            pixels_BSS3[is_image_B] = self.pixels(rows_B[is_image_B])
+        targets_B = self.targets_N[np.maximum(rows_B, 0)]
+        return Feed(pixels_BSS3, targets_B, batch.weights_RB, batch.places_RB, batch.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +147,11 @@ class Finetuning:
         self._images, self._watch, self._config = images, watch, config
         self._report, self._checkpoints = report, checkpoints
         self._agreed = agreement(trainee.strategy)
+        self._order = _order_of(images, config)
+        self._order.make_room(images.train)
         self._steps_per_epoch = math.ceil(len(images.train) / config.batch_size)
         self._epoch, self._steps_done = 1, 0  # where it is: steps of this epoch that are behind it
+        self._before = np.empty(0, np.int64)  # images that the epoch took in another order than it goes on in
         self._loss_sum, self._weight_sum = 0.0, 0.0  # of those
         self._history: list[Epoch] = []
         self._best_epoch, self._best_loss = 0, math.inf
@@ -141,32 +180,43 @@ class Finetuning:
             raise _overflowing(skipped, skipped)
         self._set_weights(self._best)
         told = stopped or f"all {self._config.epochs} epochs were run; {_kept(self._best_epoch)}"
-        waiting = self._waited_s / self._stepping_s if self._stepping_s else 0.0
+        waiting = max(self._images.workers.each(self._waited_s / max(self._stepping_s, 1e-30)))
         return Course(tuple(self._history), self._best_epoch, told, round(waiting, 4), skipped)
 
     def _one_epoch(self) -> str | None:
         """The rest of the epoch; why it was the last one, or None."""
-        config, epoch = self._config, self._epoch
-        order = np.random.default_rng([config.seed, epoch]).permutation(self._images.train)
-        replicas = self._strategy.num_replicas_in_sync
-        batches = list(global_batches(order, self._images.weights_N, config.batch_size, replicas))
+        batches = self._order.batches(self._order_of_rest())
         pending: list[tuple[tf.Tensor, float]] = []
-        first = (epoch - 1) * len(batches)
-        for place, (pixels, targets, weights_RB) in self._read_ahead(batches, self._steps_done):
+        first = (self._epoch - 1) * self._steps_per_epoch
+        for feed in self._read_ahead(batches[self._steps_done - self._steps_before() :]):
             started = time.perf_counter()
-            pending.append((self._step(first + place, pixels, targets, weights_RB), float(weights_RB.sum())))
+            pending.append((self._step(first + self._steps_done, feed), float(feed.weight)))
             # The device has something to do while the next one is made ready.
             if len(pending) > BATCHES_AHEAD:
                 self._count(pending.pop(0))
             self._stepping_s += time.perf_counter() - started
-            self._steps_done = place + 1
-            if self._checkpoints.is_due and place + 1 < len(batches):
+            self._steps_done += 1
+            if self._checkpoints.is_due and self._steps_done < self._steps_per_epoch:
                 while pending:
                     self._count(pending.pop(0))
                 self._checkpoints.write(self._state())
         while pending:
             self._count(pending.pop(0))
         return self._end_epoch()
+
+    def _order_of_rest(self) -> NDArray[np.int64]:
+        """All training images, or those that the epoch had not taken when it began to go in this order, (T,)."""
+        left = self._images.train[np.isin(self._images.train, self._before, invert=True)]
+        return self._order.order(left, self._epoch)
+
+    def _steps_before(self) -> int:
+        """Steps that the epoch took in another order: each of a full batch, for an epoch's last one ends it."""
+        return len(self._before) // self._config.batch_size
+
+    def _taken(self) -> NDArray[np.int64]:
+        """Images that the epoch has taken so far, in whatever order."""
+        since = (self._steps_done - self._steps_before()) * self._config.batch_size
+        return np.concatenate([self._before, self._order_of_rest()[:since]]) if since else self._before
 
     def _end_epoch(self) -> str | None:
         config, epoch = self._config, self._epoch
@@ -188,6 +238,7 @@ class Finetuning:
             self._best = self._weights()
         self._report({**asdict(self._history[-1]), "epochs": config.epochs})
         self._epoch, self._steps_done, self._loss_sum, self._weight_sum = epoch + 1, 0, 0.0, 0.0
+        self._before = np.empty(0, np.int64)
         if self._checkpoints.is_due:
             self._checkpoints.write(self._state())
         return None
@@ -219,27 +270,19 @@ class Finetuning:
         """Those that the optimizer did not take."""
         return self._steps() - int(self._optimizer.iterations.numpy())
 
-    def _read_ahead(
-        self, batches: Sequence[Batch], begin: int
-    ) -> Iterator[tuple[int, tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]]]:
-        """The batches from `begin` on, read by a thread while others are computed."""
-        images = self._images
-
-        def read(batch: Batch) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]:
-            rows_RB, weights_RB = batch
-            return images.pixels(rows_RB.ravel()), images.targets_N[rows_RB.ravel()], weights_RB
-
-        waiting: list[Future[Any]] = []
+    def _read_ahead(self, batches: Sequence[Batch]) -> Iterator[Feed]:
+        """Their images, read by a thread while others are computed."""
+        waiting: list[Future[Feed]] = []
         with ThreadPoolExecutor(1, thread_name_prefix="images") as reader:
-            for place in range(begin, len(batches)):
+            for place in range(len(batches)):
                 while len(waiting) < BATCHES_AHEAD and place + len(waiting) < len(batches):
-                    waiting.append(reader.submit(read, batches[place + len(waiting)]))
+                    waiting.append(reader.submit(self._images.feed, batches[place + len(waiting)]))
                 started = time.perf_counter()
-                batch = waiting.pop(0).result()
+                feed = waiting.pop(0).result()
                 waited = time.perf_counter() - started
                 self._waited_s += waited
                 self._stepping_s += waited
-                yield place, batch
+                yield feed
 
     def _count(self, done: tuple[tf.Tensor, float]) -> None:
         loss, weight = done
@@ -268,6 +311,7 @@ class Finetuning:
             "history": [asdict(epoch) for epoch in self._history],
             "best_epoch": self._best_epoch,
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "order": self._order.name,
         }
         tensors = {f"now.{place}": value for place, value in enumerate(self._weights())}
         tensors |= {f"best.{place}": value for place, value in enumerate(self._best)}
@@ -275,6 +319,7 @@ class Finetuning:
             f"optimizer.{place}": np.array(variable)
             for place, variable in enumerate(self._optimizer.variables)
         }
+        tensors |= {"taken.before": self._before, "taken": self._taken()}
         return State(facts, tensors)
 
     def _restored(self) -> bool:
@@ -300,12 +345,25 @@ class Finetuning:
         with self._strategy.scope():
             for place, variable in enumerate(self._optimizer.variables):
                 variable.assign(tensors[f"optimizer.{place}"])
+        is_same_order = facts["order"] == self._order.name
+        self._before = tensors["taken.before" if is_same_order else "taken"]
+        self._order.make_room(self._order_of_rest())
+        if not is_same_order:
+            log.warning(
+                "images are placed otherwise than before the interruption: what is left of the epoch, and each later "
+                "one, comes in another order than it would have"
+            )
         log.warning(
             "a fine-tuning that was interrupted in epoch %d after %d steps goes on from there",
             self._epoch,
             self._steps_done,
         )
         return True
+
+
+def _order_of(images: Images, config: FinetuneTrainingConfig) -> Order:
+    given = images.workers, images.weights_N, config.batch_size, config.seed
+    return ImagesEverywhere(*given) if images.holders_N is None else ImagesSplit(*given, images.holders_N)
 
 
 def _kept(best_epoch: int) -> str:

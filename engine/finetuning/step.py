@@ -1,7 +1,8 @@
 """Optimizer steps of a backbone and its head together, under a strategy. Not for: which images go into them.
 
-Shape letters: B images of a global batch with padding, R replicas, P images of one portion of a replica's share, S side
-in pixels, D embedding width, K classes, L dropouts of the head, W numbers of its widest layer, H of one of its layers.
+Shape letters: B images that a worker hands in with padding, R replicas that it hands them to, C places of a global
+batch, P images of one portion of a replica's share, S side in pixels, D embedding width, K classes, L dropouts of the
+head, W numbers of its widest layer, H of one of its layers.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from engine.backbones.base import PixelScaling
 from engine.finetuning.augment import Augmenter
 from engine.finetuning.kinds import FinetuneTrainingConfig
+from engine.finetuning.order import Feed
 from engine.heads.base import Head
 from engine.training.step import cross_entropies, draws
 
-Step = Callable[[int, NDArray[np.uint8], NDArray[Any], NDArray[np.float32]], tf.Tensor]
+Step = Callable[[int, Feed], tf.Tensor]
 IMAGES_AT_ONCE = 64  # where nothing is learnt
 LOSS_SCALE = 2.0**15  # of a mean loss, at the beginning; Keras' and others' default
 LOSS_SCALES = (1.0, 2.0**24)  # Keras has no bounds: it would halve down to 0, by which gradients are divided
@@ -113,54 +115,61 @@ def compile_step(
     optimizer: keras.Optimizer,
     augmenter: Augmenter,
     config: FinetuneTrainingConfig,
+    most_images: int,
 ) -> Step:
     """Compile one optimizer step.
 
+    Args:
+        most_images: of a global batch, over all workers.
+
     Returns:
-        step(number, pixels_BSS3, targets_B, weights_RB) -> loss of the global batch, in nats, not yet waited for.
-        `number` counts from 0 over the whole training: with the seed it decides what augmentation and dropout do. The
-        images are those of all replicas, one after the other, uint8; `weights_RB` says what each counts, padding 0.
-        Loss and gradients are sums over all replicas divided by the weight of the whole batch, so the trace of losses
-        does not depend on R, nor on how many images a device takes at once. With an optimizer of `with_loss_scale` a
-        step whose gradients are not finite changes nothing but the factor.
+        step(number, feed) -> loss of the global batch, in nats, not yet waited for. `number` counts from 0 over the
+        whole training: with the seed, and with an image's place in the global batch, it decides what augmentation and
+        dropout do. Loss and gradients are sums over all replicas of all workers divided by the weight of the whole
+        batch, so the trace of losses hangs neither on how many replicas there are, nor on which of them an image is
+        handed to, nor on how many images a device takes at once; but for mixup and cutmix, which mix an image with the
+        next of those that its worker hands in. With an optimizer of `with_loss_scale` a step whose gradients are not
+        finite changes nothing but the factor.
     """
     head = classifier.head
 
-    def replica_step(
-        pixels_BSS3: tf.Tensor,
-        targets_B: tf.Tensor,
-        weights_RB: tf.Tensor,
-        draws_BLW: tf.Tensor,
-        drawn: dict[str, Any],
-    ) -> tf.Tensor:
-        context = tf.distribute.get_replica_context()
-        replicas, share = weights_RB.shape
-        count = replicas * share
-        first = context.replica_id_in_sync_group * share
+    def count(feed: Feed) -> int:
+        """C, with the padding of whoever hands in all images."""
+        return max(most_images, math.prod(feed.weights_RB.shape))
+
+    def replica_step(feed: Feed, draws_CLW: tf.Tensor, drawn: dict[str, Any]) -> tf.Tensor:
+        context, (replicas, share) = tf.distribute.get_replica_context(), feed.weights_RB.shape
+        first = (context.replica_id_in_sync_group % replicas) * share
         at_once = min(share, config.images_at_once or share)
-        weights_B = tf.reshape(weights_RB, [count])
-        real = tf.reduce_sum(tf.cast(weights_B > 0, tf.int32))
+        weights_B, in_batch_B = (
+            tf.reshape(given, [replicas * share]) for given in (feed.weights_RB, feed.places_RB)
+        )
+        # A worker that has none in this batch has one that counts nothing.
+        real = tf.maximum(tf.reduce_sum(tf.cast(weights_B > 0, tf.int32)), 1)
         variables = classifier.learning
 
         def seen(places_P: tf.Tensor) -> tf.Tensor:
-            pixels = tf.cast(tf.gather(pixels_BSS3, places_P), tf.float32)
-            return augmenter.change(pixels, drawn, places_P, count)
+            pixels = tf.cast(tf.gather(feed.pixels_BSS3, places_P), tf.float32)
+            return augmenter.change(pixels, drawn, tf.gather(in_batch_B, places_P), count(feed))
 
         def losses(places_P: tf.Tensor) -> tf.Tensor:
-            images_PSS3, wanted_P = seen(places_P), tf.gather(targets_B, places_P)
-            if augmenter.mixes:  # with the image that comes next in the batch
+            images_PSS3, wanted_P = seen(places_P), tf.gather(feed.targets_B, places_P)
+            in_batch_P = tf.gather(in_batch_B, places_P)
+            if augmenter.mixes:  # with the image that comes next
                 others_P = tf.math.floormod(places_P + 1, real)
-                images_PSS3, own_P = augmenter.mix(images_PSS3, seen(others_P), drawn, places_P)
+                images_PSS3, own_P = augmenter.mix(images_PSS3, seen(others_P), drawn, in_batch_P)
             embeddings_PD = classifier.embeddings(tf.stop_gradient(images_PSS3))
 
             def drop(numbers_PH: tf.Tensor, which: int) -> tf.Tensor:
-                kept = tf.gather(draws_BLW, places_P)[:, which, : numbers_PH.shape[1]] >= head.dropouts.rate
+                kept = tf.gather(draws_CLW, in_batch_P)[:, which, : numbers_PH.shape[1]] >= head.dropouts.rate
                 return tf.where(kept, numbers_PH / (1 - head.dropouts.rate), 0.0)
 
             logits_PK = head.training_logits(classifier.head_network, embeddings_PD, drop)
             losses_P = cross_entropies(logits_PK, wanted_P, config.label_smoothing)
             if augmenter.mixes:
-                others = cross_entropies(logits_PK, tf.gather(targets_B, others_P), config.label_smoothing)
+                others = cross_entropies(
+                    logits_PK, tf.gather(feed.targets_B, others_P), config.label_smoothing
+                )
                 losses_P = own_P * losses_P + (1 - own_P) * others
             return losses_P * tf.gather(weights_B, places_P)
 
@@ -179,42 +188,33 @@ def compile_step(
                 places_P = first + tf.range(begin, min(begin + at_once, share))
                 added, more = portion(places_P)
             loss, gradients = loss + added, [one + other for one, other in zip(gradients, more, strict=True)]
-        whole = tf.reduce_sum(weights_B)
         gradients = context.all_reduce(
-            tf.distribute.ReduceOp.SUM, [tf.math.divide_no_nan(gradient, whole) for gradient in gradients]
+            tf.distribute.ReduceOp.SUM,
+            [tf.math.divide_no_nan(gradient, feed.weight) for gradient in gradients],
         )
         if config.clip_norm is not None:
             # Where one of them is not finite all become NaN.
             gradients, _ = tf.clip_by_global_norm(gradients, _scaled(optimizer, config.clip_norm))
         # The optimizer sums over replicas once more.
-        optimizer.apply_gradients(zip([one / replicas for one in gradients], variables, strict=True))
-        return tf.math.divide_no_nan(loss, whole)
+        gradients = [one / context.num_replicas_in_sync for one in gradients]
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return tf.math.divide_no_nan(loss, feed.weight)
 
-    def global_step(
-        number: tf.Tensor, pixels_BSS3: tf.Tensor, targets_B: tf.Tensor, weights_RB: tf.Tensor
-    ) -> tf.Tensor:
-        count, side = pixels_BSS3.shape[:2]
-        drawn = augmenter.draw(count, side, number)
+    def global_step(number: tf.Tensor, feed: Feed) -> tf.Tensor:
+        drawn = augmenter.draw(count(feed), feed.pixels_BSS3.shape[1], number)
         dropouts = head.dropouts
-        draws_BLW = tf.reshape(
-            draws(weights_RB, dropouts.count, dropouts.width, config.seed, number),
-            (count, dropouts.count, dropouts.width if dropouts.count else 0),
+        draws_CLW = tf.reshape(
+            draws(tf.zeros((1, count(feed))), dropouts.count, dropouts.width, config.seed, number),
+            (count(feed), dropouts.count, dropouts.width if dropouts.count else 0),
         )
-        found = strategy.run(replica_step, args=(pixels_BSS3, targets_B, weights_RB, draws_BLW, drawn))
+        found = strategy.run(replica_step, args=(feed, draws_CLW, drawn))
         _bound_scale(optimizer)
         return strategy.reduce("SUM", found, axis=None)
 
     compiled_step = tf.function(global_step)
 
-    def step(
-        number: int, pixels_BSS3: NDArray[np.uint8], targets_B: NDArray[Any], weights_RB: NDArray[np.float32]
-    ) -> tf.Tensor:
-        return compiled_step(
-            tf.constant(number, tf.int64),
-            tf.constant(pixels_BSS3),
-            tf.constant(targets_B),
-            tf.constant(weights_RB),
-        )
+    def step(number: int, feed: Feed) -> tf.Tensor:
+        return compiled_step(tf.constant(number, tf.int64), Feed(*(tf.constant(given) for given in feed)))
 
     return step
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def run(folder: Path, report: Callable[[dict[str, Any]], None] = lambda epoch: N
     """Fine-tune and publish to `folder`/bundle; summary and comparison."""
     chosen = settings(**changes)
     strategy = open_strategy(chosen.strategy)
-    with images_in(folder) as rows:
+    with images_in(folder) as images:
+        is_split = chosen.training.images == "split"  # among one
+        rows = replace(images, holders_N=np.zeros(len(images), np.int64)) if is_split else images
         store = open_store(str(folder / "bundle"))
         return finetune_backbone(strategy, rows, chosen, StorageConfig(), None, store, report)
 
@@ -189,6 +192,41 @@ def test_what_was_killed_between_two_steps_goes_on_as_if_nothing_had_been(
     assert list((tmp_path / "bundle").glob("checkpoint.*"))
     assert_same(trace(tmp_path), 1e-6)
     assert not list((tmp_path / "bundle").glob("checkpoint.*"))
+
+
+def test_an_epoch_that_goes_on_with_images_placed_otherwise_takes_each_of_them_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Begun where each worker has all images, killed, gone on where they are split, killed, and gone on once more."""
+    taken: dict[int, list[np.ndarray]] = {}
+    read_ahead = loop.Finetuning._read_ahead
+
+    def noted(self: Any, batches: Any) -> Iterator[Any]:
+        for batch, feed in zip(batches, read_ahead(self, batches), strict=True):
+            is_image_RB = batch.weights_RB > 0
+            taken.setdefault(self._epoch, []).append(batch.rows_RB[is_image_RB])
+            yield feed
+
+    monkeypatch.setattr(loop.Finetuning, "_read_ahead", noted)
+    split = {"epochs": 3, "batch_size": 7, "checkpoint_seconds": 0, "images": "split"}
+    with stopped_after(8, monkeypatch):
+        run(tmp_path, training={**split, "images": "everywhere"})
+    assert len(taken[2]) == 2
+    assert "placed otherwise" not in caplog.text
+    with stopped_after(1, monkeypatch):
+        run(tmp_path, training=split)
+    assert len(taken[2]) == 3
+    assert "images are placed otherwise than before" in caplog.text
+    caplog.clear()
+    summary, _ = run(tmp_path, training=split)
+    assert "placed otherwise" not in caplog.text
+    assert [len(taken[epoch]) for epoch in (1, 2, 3)] == [6, 6, 6]
+    for epoch in (1, 2, 3):
+        rows = np.concatenate(taken[epoch])
+        assert len(np.unique(rows)) == len(rows) > 30
+        np.testing.assert_array_equal(np.sort(rows), np.sort(np.concatenate(taken[1])))
+    assert summary["images"] == {"placement": "split", "rows_per_worker": [60]}
+    assert (summary["epochs"], summary["skipped_steps"]) == (3, 0)
 
 
 @pytest.mark.parametrize("after", [2, 9])

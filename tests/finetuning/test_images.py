@@ -73,7 +73,14 @@ def test_a_disk_without_room_is_named_before_it_is_full(
     write_shards(open_store(str(tmp_path / "shards")), shards=1, images=3)
     rows, shards = rows_and_shards(tmp_path)
     monkeypatch.setattr(module, "NO_ROOM_LEFT", 1 << 60)
-    with pytest.raises(EngineError, match="set TMPDIR"), collect_images(rows, shards, 32, tmp_path):
+    with pytest.raises(EngineError, match="set TMPDIR") as told, collect_images(rows, shards, 32, tmp_path):
+        pass
+    assert "training.images" not in str(told.value)
+    split = "set training.images: split, so that each worker has its share, set TMPDIR"
+    with (
+        pytest.raises(EngineError, match=split),
+        collect_images(rows, shards, 32, tmp_path, could_be_split=True),
+    ):
         pass
 
 

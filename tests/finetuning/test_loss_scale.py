@@ -23,6 +23,7 @@ from engine.finetuning import step as steps
 from engine.finetuning.augment import Augmenter
 from engine.finetuning.finetune import _policy
 from engine.finetuning.kinds import AugmentConfig, FinetuneTrainingConfig
+from engine.finetuning.order import Feed
 from engine.finetuning.step import Classifier, compile_step, overflows_unscaled, with_loss_scale
 from engine.heads.kinds import LinearHeadConfig, open_head
 from engine.strategies.kinds import Mirrored, OneDevice, open_strategy
@@ -58,7 +59,7 @@ class Training:
                 self.optimizer = with_loss_scale(self.optimizer, COUNT, growth_steps)
             self.optimizer.build(self.classifier.learning)
         augmenter = Augmenter(AugmentConfig(rand_augment=2), 0)
-        self._step = compile_step(strategy, self.classifier, self.optimizer, augmenter, config)
+        self._step = compile_step(strategy, self.classifier, self.optimizer, augmenter, config, COUNT)
         self._shape = strategy.num_replicas_in_sync, -(-COUNT // strategy.num_replicas_in_sync)
         self._number = 0
 
@@ -72,7 +73,8 @@ class Training:
         weights = np.zeros(self._shape, np.float32)
         weights.flat[:COUNT] = 1
         self._number += 1
-        return float(self._step(self._number - 1, pixels, targets, weights))
+        places = np.arange(weights.size).reshape(self._shape)
+        return float(self._step(self._number - 1, Feed(pixels, targets, weights, places, weights.sum())))
 
     @property
     def scale(self) -> float:

@@ -48,6 +48,7 @@ def test_a_new_backbone_is_extracted_with_and_its_bundle_scores(engine: Engine, 
     assert engine("inspect", summary["bundle"], "--json").summary["report"] == summary["report"]
     assert summary["trainable"] > 0 and summary["epochs"] == 2
     assert 0 <= summary["waiting_for_images"] <= 1
+    assert summary["images"] == {"placement": "everywhere", "rows_per_worker": [IMAGES]}
     assert "points" in ended.stderr
     extract = {
         "source": {"kind": "webdataset", "uri": str(folder / "shards"), "label": "cls"},
@@ -89,6 +90,14 @@ def test_the_plan_counts_what_learns_and_touches_nothing(engine: Engine, folder:
     assert plan["shards"] == 4
     assert plan["trainable"] + plan["frozen"] == 3_413_024
     assert 0 < plan["trainable"] < plan["frozen"]
+    assert (plan["images"], plan["bytes_decoded_by_each_worker"]) == ("everywhere", [plan["bytes"]])
+    two = ("--set", "strategy={kind: multi_worker, workers: 2}")
+    ended = engine("finetune", recipe, "--plan", "--json", *two)
+    assert ended.summary["bytes_decoded_by_each_worker"] == [plan["bytes"]] * 2
+    ended = engine("finetune", recipe, "--plan", "--json", *two, "--set", "training.images=split")
+    assert ended.summary["images"] == "split"
+    first, second = ended.summary["bytes_decoded_by_each_worker"]
+    assert first + second == plan["bytes"] and abs(first - second) < plan["bytes"] // 8
     assert not (folder / "finetuned").exists()
 
 
