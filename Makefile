@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-growth bench-planning lint format lock clean
+.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-growth bench-planning lint format lock manifests clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -59,6 +59,12 @@ lock: .venv/.installed  ## requirements.lock from pyproject.toml; `make lock UPG
 	.venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra demo --extra test \
 	  --generate-hashes --quiet --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	  --output-file requirements.lock
+	.venv/bin/uv pip compile pyproject.toml --python-platform x86_64-manylinux_2_28 --python-version 3.11 --extra gpu \
+	  --extra demo --constraint requirements.lock --generate-hashes --quiet --custom-compile-command "make lock" \
+	  $(if $(UPGRADE),--upgrade) --output-file k8s/gpu.lock
+
+manifests: .venv/.installed  ## RayJobs of k8s/base and patches of its overlays, as `engine manifest` prints them
+	.venv/bin/python -m k8s.render
 
 clean:  ## remove .venv and all else that git ignores here
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo-output *.egg-info

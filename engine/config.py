@@ -45,12 +45,37 @@ def load_recipe(model: type[RecipeT], path: str | Path, overrides: Sequence[str]
     return check_recipe(model, document, origin=str(path))
 
 
+def resolved_text(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """A recipe's file as it is, comments and all; with overrides, what it says once they are applied.
+
+    Raises:
+        RecipeError: as of `load_recipe`, but for what the fields say.
+    """
+    if not overrides:
+        _read_yaml(Path(path))
+        return Path(path).read_text(encoding="utf-8")
+    document = _read_yaml(Path(path))
+    for override in overrides:
+        document = _with_override(document, override)
+    return to_yaml(document)
+
+
 def check_recipe(model: type[RecipeT], document: Mapping[str, Any], origin: str = "recipe") -> RecipeT:
     """Validate a plain mapping; RecipeError lists every wrong field with what was found and what is allowed."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
         raise RecipeError(_explain(error, model, origin)) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text of our own says."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)
+
+
+def to_yaml(*documents: Any) -> str:
+    """Plain values as YAML for people, in the order of their keys; several documents one after another."""
+    return str(yaml.dump_all(documents, Dumper=_PlainDumper, sort_keys=False, width=1000, allow_unicode=True))
 
 
 def canonical_json(value: Any) -> str:
@@ -78,6 +103,20 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """SafeDumper without anchors, and with texts of several lines as such."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _as_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_PlainDumper.add_representer(str, _as_text)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

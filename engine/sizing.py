@@ -241,10 +241,13 @@ def _times(available: float, each: float) -> float:
     return available if math.isinf(available) else available // each
 
 
-def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None:
+def check_room(sizing: Sizing, machines: Machines, can_grow: bool, *, are_pods: bool = False) -> str | None:
     """Refuse a layout that these machines can never hold.
 
     Cores are not refused where Ray is local: it is told of as many as are asked for, and they are shared.
+
+    Args:
+        are_pods: the machines are pods of a cluster that is yet to be made, at their most.
 
     Returns:
         A warning where they are a cluster that may yet grow, or where an image of `limits.max_pixels` would be too
@@ -253,7 +256,7 @@ def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None
     Raises:
         ClusterError: with the arithmetic.
     """
-    unmet = [claim for claim in _claims(sizing, machines, can_grow) if claim.is_unmet]
+    unmet = [claim for claim in _claims(sizing, machines, can_grow or are_pods) if claim.is_unmet]
     if not unmet:
         return _large_image_warning(sizing)
     gpus = "" if math.isinf(machines.gpus) else f"{machines.gpus:g} GPUs, "  # nobody has looked for them yet
@@ -264,11 +267,11 @@ def check_room(sizing: Sizing, machines: Machines, can_grow: bool) -> str | None
     if can_grow:
         return f"the cluster has {found} now, and needs {wanted}: waiting for it to grow (a fixed cluster: Ctrl-C)"
     raise ClusterError(
-        "this machine cannot hold what the recipe asks for",
+        f"{'these pods' if are_pods else 'this machine'} cannot hold what the recipe asks for",
         found=found,
         wanted=wanted,
-        way_out=f"lower {'; '.join(dict.fromkeys(claim.lower for claim in unmet))}; or give the compute.address of a "
-        "cluster",
+        way_out=f"lower {'; '.join(dict.fromkeys(claim.lower for claim in unmet))}; or "
+        + ("give more or larger pods" if are_pods else "give the compute.address of a cluster"),
     )
 
 

@@ -393,6 +393,108 @@ def backbones(  # noqa: PLR0913, PLR0917 (each is an option)
 
 
 @app.command()
+def manifest(  # noqa: PLR0913, PLR0917 (each is an option)
+    verb: Annotated[str, typer.Argument(help=", ".join(RECIPE_CLASSES))],
+    recipe: Recipe,
+    image: Annotated[str, typer.Option(help="Image of the engine, with a tag or a digest.")],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Of the RayJob; by default the verb and the file.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs in all, at most.")] = 0,
+    gpus_per_pod: Annotated[int, typer.Option(min=1, max=16, help="GPUs of each pod that has some.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=4096, help="Pods without GPUs, at most.")] = 4,
+    cpus: Annotated[int, typer.Option(min=1, max=1024, help="Cores of each worker pod.")] = 8,
+    memory_gib: Annotated[
+        int | None, typer.Option(min=1, help="GiB of each worker pod; by default what its processes need.")
+    ] = None,
+    scratch_gib: Annotated[
+        int, typer.Option(min=1, help="GiB of disk for files, and as many for spilled objects.")
+    ] = 20,
+    deadline_hours: Annotated[float, typer.Option(min=0.01, help="After which the job is ended.")] = 12,
+    retries: Annotated[
+        int, typer.Option(min=0, max=10, help="Further tries after a failure of any kind.")
+    ] = 1,
+    recipe_map: Annotated[
+        str | None,
+        typer.Option(help="ConfigMap of the cluster that has the recipe; by default one is printed."),
+    ] = None,
+    suspend: Annotated[
+        bool,
+        typer.Option(
+            "--suspend", help="Print a template that `engine launch` starts, and that waits till then."
+        ),
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not look at the archive: as many pods as the options say.")
+    ] = False,
+) -> None:
+    """Print the RayJob that runs a recipe on Kubernetes, and the ConfigMap with the recipe; changes nothing.
+
+    Pods are sized by what the job's processes take, and there are no more of them than --plan finds work for. What
+    they could not hold is refused.
+    """
+    from engine.config import load_recipe, to_yaml
+    from engine.kubernetes.pods import GIB, Wish
+    from jobs.manifest import ManifestOptions, manifests
+
+    loaded = load_recipe(_recipe_class(verb), recipe, overrides or ())
+    wish = Wish(
+        cpus=cpus,
+        workers=workers,
+        gpus=gpus,
+        gpus_per_pod=gpus_per_pod,
+        memory=None if memory_gib is None else memory_gib * GIB,
+        scratch=scratch_gib * GIB,
+    )
+    options = ManifestOptions(
+        name=name,
+        image=image,
+        recipe_map=recipe_map,
+        deadline_s=round(deadline_hours * 3600),
+        retries=retries,
+        suspend=suspend,
+        offline=offline,
+    )
+    with _interruptible():
+        print(to_yaml(*manifests(verb, loaded, recipe, overrides or (), wish, options)), end="")
+
+
+@app.command()
+def launch(
+    template: Annotated[str, typer.Argument(help="Name of a suspended RayJob of this namespace.")],
+    run: Annotated[
+        str, typer.Option(envvar="ENGINE_RUN", help="Name of this run, one for each tick of a schedule.")
+    ],
+    owner_uid: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ENGINE_RUN_UID", help="uid of the Kubernetes Job --run, with which the RayJobs go."
+        ),
+    ] = None,
+    attempts: Annotated[int, typer.Option(min=1, max=9, help="RayJobs at most, one after the other.")] = 3,
+    poll_seconds: Annotated[float, typer.Option(min=0.01, help="Between two looks.")] = 10.0,
+    service_account: Annotated[
+        Path | None, typer.Option(help="Folder with token, ca.crt and namespace; by default the pod's own.")
+    ] = None,
+) -> None:
+    """In a pod: run a copy of a RayJob to its end, and end with its exit code; a CronJob's command.
+
+    A pod that is started again under the same --run waits for the RayJob that is there. Exit codes 2 and 3 are final;
+    other failures are tried again, each on a cluster of its own. Nothing is deleted.
+    """
+    from engine.kubernetes.api import SERVICE_ACCOUNT, ApiAddress, RayJobs
+    from engine.kubernetes.launch import Launch
+    from engine.kubernetes.launch import launch as launch_job
+    from jobs.outcome import say
+
+    wanted = Launch(template, run, attempts, owner_uid, poll_seconds)
+    address = ApiAddress.of_this_pod(os.environ, service_account or SERVICE_ACCOUNT)
+    with _interruptible():
+        ending = launch_job(RayJobs(address), wanted, say)
+    if ending.code != EXIT_DONE:
+        raise typer.Exit(ending.code)
+
+
+@app.command()
 def schema(verb: Annotated[str, typer.Argument(help=", ".join(RECIPE_CLASSES))]) -> None:
     """Print the JSON Schema of a verb's recipe."""
     print(json.dumps(_recipe_class(verb).model_json_schema(), indent=2))

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import logging
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from jobs.outcome import Outcome, Run, progress_bar, say
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from engine.accounting import RunTotals
     from engine.errors import EngineError, OverBudget
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from engine.plan import PendingShards
     from engine.resolve import Archive, Resolution
     from engine.shards.base import ShardReader
-    from engine.sizing import Machines, Sizing
+    from engine.sizing import Footprint, Machines, Sizing
     from engine.storage import Store
     from engine.tables import Record
 
@@ -479,6 +480,27 @@ def plan_pass(
         "parts_in_flight_at_most": sizing.bytes_in_flight // sizing.footprint.part,
         "runs_on": recipe.compute.address or "the cluster of RAY_ADDRESS if that is set, else a local Ray",
     }
+
+
+def demand(recipe: ExtractRecipe, *, is_reachable: bool) -> tuple[Footprint, Callable[[int], int] | None]:
+    """For those who make room for a run: what its processes take, and how many read tasks there are for so many
+    readers at once.
+
+    Args:
+        is_reachable: look at the archive and at the table; else sizes are the recipe's, and the tasks None.
+    """
+    from engine.plan import read_tasks
+    from engine.sizing import Machines
+
+    anywhere = Machines.of_one_node(cpus=1, gpus=0, memory=math.inf, object_store=math.inf)
+    if not is_reachable:
+        return _layout(recipe, None, None, anywhere).footprint, None
+    work = _pass_of(recipe)
+    _, records, pending = _look(work, replay_rejects=False, since=None)
+    _announce(work, pending, prune=False)
+    return _sizing(recipe, any_of(records), anywhere).footprint, lambda readers: len(
+        read_tasks(pending.works, readers)
+    )
 
 
 def _look(

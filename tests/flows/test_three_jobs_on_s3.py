@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +109,43 @@ def test_extract_fit_score_and_read_back(
     frame = pd.read_parquet(predictions)
     assert sorted(frame["key"]) == keys
     assert frame["bundle"].unique().tolist() == [scored.summary["bundle"]]
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where a Ray of this test's own leaves its logs; a short path, as its sockets need one."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_keys_are_in_nothing_that_a_run_writes(
+    engine_process: Engine,
+    recipes: Recipes,
+    s3_store: S3TestStore,
+    s3_config: StorageConfig,
+    ray_folder: Path,
+) -> None:
+    """Neither in what is printed, nor in Ray's logs, nor in what is stored; whether the run succeeds or not."""
+    write_shards(open_store(f"{recipes.root}/shards", s3_config), 1, 70)
+    here = {"RAY_TMPDIR": str(ray_folder), "AWS_SESSION_TOKEN": ""}
+    ended = engine_process("extract", recipes.extract, "--json", environment=here)
+    assert ended.code == 0, ended.stderr
+    canary = "canary/of+a/secret+key"
+    refused = engine_process(
+        "extract", recipes.extract, environment={**here, "AWS_SECRET_ACCESS_KEY": canary}
+    )
+    assert refused.code == 1
+    printed = ended.stdout + ended.stderr + refused.stdout + refused.stderr
+    logs = [path for path in ray_folder.rglob("*") if path.is_file()]
+    assert any(path.name == "gcs_server.out" for path in logs)  # it is the Ray that ran
+    texts = {str(path): path.read_bytes() for path in logs} | {"what is printed": printed.encode()}
+    table = open_store(f"{recipes.root}/embeddings", s3_config)
+    texts |= {info.path: table.read(info.path) for info in table.list()}
+    assert "_table.json" in texts
+    for name, text in texts.items():
+        assert s3_store.secret_key.encode() not in text, name
+        assert canary.encode() not in text, name
 
 
 def test_wrong_keys_are_one_clear_message(engine_process: Engine, recipes: Recipes) -> None:

@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sizing",
         "verification",
     ),
-    ("on_ray", "this_machine"),
+    ("on_ray", "this_machine", "kubernetes"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Configs of one room that another room of the same floor may name: values only, no code of the room.
