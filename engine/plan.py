@@ -133,6 +133,11 @@ def read_tasks(works: WorkList, min_tasks: int) -> list[WorkList]:
 MAX_PRUNED_FRACTION = 0.1
 
 
+def may_prune(shards_in_table: int, up_to: int | None) -> int:
+    """How many shards may be pruned: so many, or a tenth of the table."""
+    return up_to if up_to is not None else int(MAX_PRUNED_FRACTION * shards_in_table)
+
+
 def check_prune(pending: PendingShards, up_to: int | None) -> None:
     """Refuse to prune what looks like a mistake: a wrong source, a pattern that became narrower.
 
@@ -143,7 +148,7 @@ def check_prune(pending: PendingShards, up_to: int | None) -> None:
         PruneRefused: there are more.
     """
     removed = len(pending.removed)
-    allowed = up_to if up_to is not None else int(MAX_PRUNED_FRACTION * pending.shards_in_table)
+    allowed = may_prune(pending.shards_in_table, up_to)
     if removed > allowed:
         raise PruneRefused(
             f"pruning would remove {removed:,} of the table's {pending.shards_in_table:,} shards",

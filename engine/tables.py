@@ -726,6 +726,33 @@ def prune(store: Store, removed: Collection[str], is_gone: Callable[[str], bool]
     return len(doomed), [path for path16, path in paths.items() if path16 not in gone]
 
 
+def prune_predictions(
+    store: Store, wanted_now: Callable[[], set[PartName]], allowed: Callable[[int], int]
+) -> tuple[int, int]:
+    """Delete the prediction parts of shards of which the embedding table has no part any more.
+
+    Args:
+        wanted_now: as of `sweep_predictions`.
+        allowed: of a table of so many shards, how many may go; beyond that nothing does.
+
+    Returns:
+        Number of data parts deleted, and of shards that should have gone but were too many.
+    """
+    listed = [name for name, _ in list_parts(store)]  # before asking: what comes after this is not judged
+    embedded = {name.path16 for name in wanted_now()}
+    shards = {name.path16 for name in listed}
+    gone = shards - embedded
+    if len(gone) > allowed(len(shards)):
+        return 0, len(gone)
+    doomed = [name for name in listed if name.path16 in gone]
+    for name in doomed:
+        store.delete(f"{DATA_FOLDER}{name}")  # data first: copies without their data part do not count
+    for path, name in list(_copies(store)):
+        if name.path16 in gone:
+            store.delete(path)
+    return len(doomed), 0
+
+
 def sweep_predictions(store: Store, wanted_now: Callable[[], set[PartName]]) -> int:
     """Delete prediction parts whose embedding part was rewritten, once its successor stands beside them.
 

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from engine import run_metrics
 from engine.config import Config
-from engine.errors import EngineError, HeldBack, RecipeError
+from engine.errors import EngineError, HeldBack, PruneRefused, RecipeError
 from engine.gate import GateConfig
 from engine.log_lines import print_error
 from engine.run_metrics import RunMetrics
@@ -202,6 +202,7 @@ def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) ->
         _judged(recipe, wanted, told["bundle"], night)
         for wanted, told in zip(recipe.bundles, scored.summary["bundles"], strict=True)
     ]
+    pruned, too_many = _prune_predictions(recipe, options["prune_up_to"]) if _prunes(options) else (0, [])
     wanted = ("shards_total", "shards_skipped", "shards_done", "shards_failed", "failed_shards", "shards_left",
               "shards_older", "shards_replaced", "shards_removed", "parts_written", "parts_pruned", "rows", "rejects",
               "seconds", "bottleneck")  # fmt: skip
@@ -215,6 +216,7 @@ def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) ->
         "tables": [one for one, _ in tables],
         "published_parts": sum(one["published_parts"] for one, _ in tables),
         "held_parts": sum(one["held_parts"] for one, _ in tables),
+        "predictions_pruned": pruned,
         "seconds": round(time.monotonic() - started, 3),
     }
     _keep(recipe, summary)
@@ -222,11 +224,44 @@ def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) ->
     if left:
         say(f"the time is up: {extracted.summary['shards_left']:,} shards and {scored.summary['parts_left']:,} "
             f"parts are left for the next night")  # fmt: skip
-    verdicts = [verdict for _, verdict in tables] + [extracted.verdict]
+    verdicts = [verdict for _, verdict in tables] + [extracted.verdict, *too_many]
     told = [verdict for verdict in verdicts if verdict is not None]
     for other in told[1:]:  # the exit code is the first one's
         print_error(other)
     return Outcome(summary, told[0] if told else None)
+
+
+def _prunes(options: Mapping[str, Any]) -> bool:
+    return bool(options["prune"]) or options["prune_up_to"] is not None
+
+
+def _prune_predictions(recipe: NightlyRecipe, up_to: int | None) -> tuple[int, list[EngineError]]:
+    """Remove predictions of shards that are gone from the embedding table; how many parts, and what was refused."""
+    from engine.plan import may_prune
+    from engine.storage import open_store
+    from engine.tables import prune_predictions
+    from jobs.score import wanted_now
+
+    embeddings = open_store(recipe.output.uri, recipe.storage)
+    pruned, refused = 0, list[EngineError]()
+    for wanted in recipe.bundles:
+        table = open_store(wanted.output.uri, recipe.storage)
+        parts, too_many = prune_predictions(
+            table, lambda: wanted_now(embeddings), lambda shards: may_prune(shards, up_to)
+        )
+        pruned += parts
+        if parts:
+            say(f"removed {parts:,} prediction parts of shards that are gone from {table.uri}")
+        if too_many:
+            refused.append(
+                PruneRefused(
+                    f"pruning would remove the predictions of {too_many:,} shards from {table.uri}",
+                    found=f"{embeddings.uri} has no embeddings of them",
+                    wanted="at most a tenth of the table" if up_to is None else f"at most {up_to:,}",
+                    way_out=f"if they are meant to go: --prune-up-to {too_many}",
+                )
+            )
+    return pruned, refused
 
 
 def _scoring_plan(recipe: NightlyRecipe) -> dict[str, Any] | None:

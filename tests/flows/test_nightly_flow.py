@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,28 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
     assert table_of(tmp_path, "alone").equals(table_of(tmp_path))
     checked = engine("verify", str(tmp_path / "labels"))
     assert checked.code == 0, checked.stderr
+
+
+def test_pruning_takes_the_predictions_along_and_not_too_many(night: Any, tmp_path: Path) -> None:
+    assert night().code == 0
+    (tmp_path / "archive" / "1.tar").unlink()
+    refused = night("--prune")
+    assert refused.code == 1
+    assert "pruning would remove 1 of the table's 3 shards" in refused.stderr
+    pruned = night("--prune-up-to", "1")
+    assert (pruned.code, pruned.summary["extract"]["parts_pruned"], pruned.summary["predictions_pruned"]) == (
+        0,
+        2,
+        2,
+    )
+    assert set(table_of(tmp_path)["shard"].to_pylist()) == {"0.tar", "2.tar"}
+    assert len(list((tmp_path / "labels" / "also").glob("*.jsonl"))) == 4
+    # Embeddings that are lost are no reason to drop what was predicted of them.
+    shutil.rmtree(tmp_path / "embeddings" / "data")
+    (tmp_path / "archive" / "0.tar").unlink()
+    lost = night("--prune")
+    assert "pruning would remove the predictions of 1 shards" in lost.stderr
+    assert set(table_of(tmp_path)["shard"].to_pylist()) == {"0.tar", "2.tar"}
 
 
 def test_a_night_since_a_time_leaves_what_is_older_and_a_later_one_does_it(
