@@ -39,10 +39,28 @@ def load_recipe(model: type[RecipeT], path: str | Path, overrides: Sequence[str]
     Raises:
         RecipeError: the file is missing or not YAML, an override is malformed, or a field is wrong.
     """
-    document = _read_yaml(Path(path))
+    return check_recipe(model, read_document(path, overrides), origin=str(path))
+
+
+def read_document(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe as it is written, with its `a.b=value` overrides, and not yet checked: for sending it elsewhere.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or an override is malformed.
+    """
+    return with_overrides(_read_yaml(Path(path)), overrides)
+
+
+def with_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy in which each `a.b=value` is applied; RecipeError for a malformed one."""
     for override in overrides:
         document = _with_override(document, override)
-    return check_recipe(model, document, origin=str(path))
+    return document
+
+
+def to_yaml(*documents: Any) -> str:
+    """Plain values as YAML for people, in the order of their keys; several documents one after another."""
+    return str(yaml.dump_all(documents, Dumper=_PlainDumper, sort_keys=False, width=110, allow_unicode=True))
 
 
 def resolved_text(path: str | Path, overrides: Sequence[str] = ()) -> str:

@@ -200,6 +200,65 @@ def nightly(  # noqa: PLR0913, PLR0917
 
 
 @app.command()
+def submit(  # noqa: PLR0913, PLR0917 (each is an option)
+    recipe: Recipe,
+    verb: Annotated[str, typer.Option(help=", ".join(RECIPE_CLASSES))],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="Behind `--`: further arguments of the verb, such as --prune or --plan."),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Of the head's dashboard, http://host:8265; without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this "
+            "machine.",
+        ),
+    ] = None,
+    with_code: Annotated[
+        bool,
+        typer.Option("--with-code", help="Send the engine itself along, for a cluster that lacks it."),
+    ] = False,
+    include: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file or folder that the job is to find beside its recipe, such as a module with a custom head; "
+            "may be repeated."
+        ),
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+    stop_on_interrupt: Annotated[
+        bool, typer.Option("--stop-on-interrupt", help="Ctrl-C and SIGTERM stop the job as well.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe as a job on a Ray cluster: sends it, prints the job's log, ends with the job's exit code.
+
+    The same command while the job runs follows it; after that it makes a new job. Ctrl-C lets the job go on. No key of
+    this machine is sent: the cluster has its own. A token is read from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
+    """
+    from jobs.submit import connect, follow, prepare, start
+
+    model = _recipe_class(verb)
+    _check_arguments(verb, recipe, arguments or [])
+    submission = prepare(verb, model, recipe, overrides or (), arguments or (), with_code, include or ())
+    with _interruptible():
+        cluster = connect(address)
+        name = start(cluster, submission)
+        if no_wait:
+            if as_json:
+                print(json.dumps({"submission_id": name, "status": cluster.state(name).status}))
+            return
+        ended = follow(cluster, name, stop_on_interrupt)
+    if as_json:
+        print(json.dumps(ended.to_json()))
+    if (code := ended.exit_code()) != EXIT_DONE:
+        print(f"job {name} ended with exit code {code}", file=sys.stderr)
+        raise typer.Exit(code)
+
+
+@app.command()
 def verify(
     table: Annotated[str, typer.Argument(help="URI of an embedding or prediction table.")],
     source: Annotated[
@@ -589,6 +648,14 @@ def _run_job(
         print(json.dumps(outcome.summary))
     if outcome.verdict is not None:
         raise outcome.verdict
+
+
+def _check_arguments(verb: str, recipe: Path, arguments: Sequence[str]) -> None:
+    """Refuse here what the verb would refuse on the cluster."""
+    command: Any = typer.main.get_command(app)
+    context = command.commands[verb].make_context(f"engine {verb}", [str(recipe), *arguments])
+    if context.params.get("overrides"):
+        raise typer.BadParameter("--set belongs before the `--`: the recipe is checked before it is sent")
 
 
 def _storage(verb: str, endpoint_url: str | None, region: str | None, anonymous: bool) -> StorageConfig:

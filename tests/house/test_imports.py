@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sizing",
         "verification",
     ),
-    ("on_ray", "this_machine", "kubernetes"),
+    ("on_ray", "ray_jobs", "this_machine", "kubernetes"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Configs of one room that another room of the same floor may name: values only, no code of the room.
@@ -106,7 +106,7 @@ def test_imports_only_go_down(repository: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("ray", ("engine/on_ray.py",)),
+        ("ray", ("engine/on_ray.py", "engine/ray_jobs.py")),
         ("s3fs", ("engine/storage/",)),
         ("botocore", ("engine/storage/",)),
         ("tarfile", ("engine/shards/", "engine/backbones/fetch.py", "jobs/demo_images.py")),
@@ -140,7 +140,14 @@ def test_tensorflow_is_imported_only_where_numbers_are_computed(repository: Path
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["extract", "no-such-recipe.yaml"], ["schema", "extract"], ["fit", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["extract", "no-such-recipe.yaml"],
+        ["schema", "extract"],
+        ["fit", "--help"],
+        ["submit", "no-such-recipe.yaml", "--verb", "extract"],
+    ],
 )
 def test_the_command_answers_without_heavy_libraries(repository: Path, arguments: list[str]) -> None:
     script = (
