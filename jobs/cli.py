@@ -259,6 +259,34 @@ def submit(  # noqa: PLR0913, PLR0917 (each is an option)
 
 
 @app.command()
+def plan(
+    images: Annotated[float, typer.Option(metavar="N", help="Images in the archive, such as 1e9.")],
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="cpu-overlay or gpu-overlay, or a YAML file: {nodes: 4, cores_per_node: 16, gpus_per_node: 1, "
+            "node_price_per_hour: 4.92}.",
+        ),
+    ] = "gpu-overlay",
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Say on paper what extracting an archive would take: objects, requests, bytes, hours, money, and where it stops.
+
+    Nothing is asked of any store or cluster. Rates and prices are those that it names with their sources; --set puts
+    yours in their place (archive.bytes_per_image=50000). What is pending of a real archive: `engine extract --plan`.
+    """
+    from jobs.plan import facts_of, paper_plan, print_facts
+
+    facts = facts_of(paper_plan(images, cluster, overrides or ()))
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_facts(facts)
+
+
+@app.command()
 def verify(
     table: Annotated[str, typer.Argument(help="URI of an embedding or prediction table.")],
     source: Annotated[

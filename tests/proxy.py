@@ -78,6 +78,7 @@ class BreakingProxy:
         self._upstream = urlsplit(s3_store.endpoint_url).netloc
         self._left, self._status, self._code, self._lock = after, status, code, threading.Lock()
         self.requests = self.refused = 0
+        self.seen: list[tuple[str, str]] = []  # method and path of each, its query included
         self.endpoint_url = ""
 
     def mend(self) -> None:
@@ -90,6 +91,7 @@ class BreakingProxy:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         with self._lock:
             self.requests += 1
+            self.seen.append((request.command, request.path))
             self._left -= 1
             is_refused = self._left < 0
             self.refused += is_refused

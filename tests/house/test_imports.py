@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "accounting",
         "cluster_head",
+        "estimate",
         "export",
         "gate",
         "inspection",
