@@ -58,24 +58,14 @@ def with_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[s
     return document
 
 
-def to_yaml(*documents: Any) -> str:
-    """Plain values as YAML for people, in the order of their keys; several documents one after another."""
-    return str(yaml.dump_all(documents, Dumper=_PlainDumper, sort_keys=False, width=110, allow_unicode=True))
-
-
 def resolved_text(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """A recipe's file as it is, comments and all; with overrides, what it says once they are applied.
 
     Raises:
         RecipeError: as of `load_recipe`, but for what the fields say.
     """
-    if not overrides:
-        _read_yaml(Path(path))
-        return Path(path).read_text(encoding="utf-8")
-    document = _read_yaml(Path(path))
-    for override in overrides:
-        document = _with_override(document, override)
-    return to_yaml(document)
+    document = read_document(path, overrides)
+    return to_yaml(document) if overrides else Path(path).read_text(encoding="utf-8")
 
 
 def check_recipe(model: type[RecipeT], document: Mapping[str, Any], origin: str = "recipe") -> RecipeT:
