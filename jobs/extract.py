@@ -282,7 +282,7 @@ def _extract(
         setup: Answer
         sizing = _sizing(recipe, record, here)
         if not in_cluster:  # on this machine: it loads the network while Ray starts
-            setup = stack.enter_context(beside(settle_tables, work, archive, sizing, here))
+            setup = stack.enter_context(beside(settle_tables, work, archive, sizing, here, False))
         # Only now: importing Ray takes seconds in which the network is already being loaded.
         from engine.on_ray import machines_of_cluster, ray_session, run_extract, run_on_worker
 
@@ -299,6 +299,7 @@ def _extract(
                 archive,
                 sizing,
                 machines,
+                True,
                 num_cpus=sizing.actor_cpus,
                 num_gpus=sizing.actor_gpus,
             )
@@ -317,14 +318,18 @@ def _extract(
         return sizing, machines, len(groups), _record_of(work)
 
 
-def settle_tables(work: ImagePass, archive: Archive, sizing: Sizing, machines: Machines) -> Setup:
+def settle_tables(
+    work: ImagePass, archive: Archive, sizing: Sizing, machines: Machines, can_grow: bool
+) -> Setup:
     """Runs where an actor would, once for each run: load the network, and make the tables or agree with them.
+
+    Args:
+        can_grow: the machines are a cluster's; the driver knows, for RAY_ADDRESS is set for a job, not for its workers.
 
     Raises:
         EngineError: the network cannot be loaded, is not that of the tables or bundles, or takes more memory than
             there is.
     """
-    from engine.cluster_head import joins_cluster
     from engine.extraction import Setup
     from engine.resolve import Network, resolve
 
@@ -341,7 +346,7 @@ def settle_tables(work: ImagePass, archive: Archive, sizing: Sizing, machines: M
     if work.labels is not None:
         resolution = _as_fitted_on(work.labels.made_with, resolution)
     if record is None or None in records or not same_backbone:
-        _require_actor_room(recipe, record, resolution, machines, joins_cluster(recipe.compute.address))
+        _require_actor_room(recipe, record, resolution, machines, can_grow)
         record = _claim(work, record, resolution)
     if work.labels is not None and work.labels.job.keeps_embeddings:
         _claim_beside_embeddings(work, work.labels)

@@ -50,9 +50,9 @@ def test_extract_runs_on_three_nodes_as_a_submitted_job_and_from_the_command_lin
     from ray.job_submission import JobStatus, JobSubmissionClient  # slow: only when it runs
 
     keys = write_shards(open_store(str(tmp_path / "shards")), shards=4, images=70)
-    recipe = extract_recipe(
-        tmp_path, str(tmp_path / "shards"), str(tmp_path / "table"), "compute: {actors: 2}"
-    )
+    # More readers than the nodes have memory for: a cluster may grow, and till then does with those that fit.
+    compute = "compute: {actors: 2, decode_tasks: 100, memory_per_reader: 2000000000}"
+    recipe = extract_recipe(tmp_path, str(tmp_path / "shards"), str(tmp_path / "table"), compute)
     client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
     deadline = time.monotonic() + SUBMIT_TIMEOUT_S
     job = submit(client, f"python jobs/extract.py {recipe} --json", repository, deadline)
@@ -61,6 +61,7 @@ def test_extract_runs_on_three_nodes_as_a_submitted_job_and_from_the_command_lin
     logs = client.get_job_logs(job)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
     assert '"shards_done": 4' in logs
+    assert "100 readers x 2.00 GB: waiting for it to grow" in logs
     table = open_table(open_store(str(tmp_path / "table")))
     assert sorted(table.read(["key"])["key"].to_pylist()) == keys
     assert table.incomplete_shards == 0
