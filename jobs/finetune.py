@@ -275,7 +275,7 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
         "frozen": unfrozen.frozen,
         "bytes_per_image_on_disk": recipe.backbone.input_size**2 * 3,
         "images": recipe.training.images,
-        "bytes_decoded_by_each_worker": [bytes_of(own) for own in _works_of_workers(recipe, works)],
+        "most_bytes_for_a_worker": max(bytes_of(own) for own in _works_of_workers(recipe, works)),
         "strategy": recipe.strategy.kind,
         "workers": recipe.strategy.workers,
         "bundle": recipe.output.uri,

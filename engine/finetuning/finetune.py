@@ -30,7 +30,7 @@ from engine.finetuning.embeddings import embedded, watch_of
 from engine.finetuning.head_phase import FirstHead, first_head
 from engine.finetuning.images import ImageRows
 from engine.finetuning.kinds import FinetuneSettings, require_learning_network
-from engine.finetuning.loop import Course, Finetuning, Images, Trainee
+from engine.finetuning.loop import STATE_VERSION, Course, Finetuning, Images, Trainee
 from engine.finetuning.publish import publish_backbone, remembered
 from engine.finetuning.refusals import require_budget, require_own_head
 from engine.finetuning.step import Classifier, compile_embed, compile_step, with_loss_scale
@@ -282,6 +282,7 @@ def _digest(
     config, network = settings.backbone, reference.network
     facts = {
         "engine": __version__,
+        "state": STATE_VERSION,
         "backbone": fingerprint_fields(
             reference, DECODE_VERSION, config.resize, "float32", tensor_digest(network)
         ),

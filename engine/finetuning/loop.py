@@ -29,6 +29,7 @@ from engine.training.loop import Epoch, Report
 
 log = logging.getLogger(__name__)
 OTHER_THAN_FLOAT16 = ", or set training.precision to mixed_bfloat16 or float32, whose numbers reach further"
+STATE_VERSION = 2  # of what a checkpoint holds: raise it when `Finetuning._state` changes
 BATCHES_AHEAD = 2  # read from the disk while a step is computed
 
 Watch = Callable[[], tuple[float, ...]]

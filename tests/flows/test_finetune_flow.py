@@ -90,14 +90,13 @@ def test_the_plan_counts_what_learns_and_touches_nothing(engine: Engine, folder:
     assert plan["shards"] == 4
     assert plan["trainable"] + plan["frozen"] == 3_413_024
     assert 0 < plan["trainable"] < plan["frozen"]
-    assert (plan["images"], plan["bytes_decoded_by_each_worker"]) == ("everywhere", [plan["bytes"]])
+    assert (plan["images"], plan["most_bytes_for_a_worker"]) == ("everywhere", plan["bytes"])
     two = ("--set", "strategy={kind: multi_worker, workers: 2}")
     ended = engine("finetune", recipe, "--plan", "--json", *two)
-    assert ended.summary["bytes_decoded_by_each_worker"] == [plan["bytes"]] * 2
+    assert ended.summary["most_bytes_for_a_worker"] == plan["bytes"]
     ended = engine("finetune", recipe, "--plan", "--json", *two, "--set", "training.images=split")
     assert ended.summary["images"] == "split"
-    first, second = ended.summary["bytes_decoded_by_each_worker"]
-    assert first + second == plan["bytes"] and abs(first - second) < plan["bytes"] // 8
+    assert plan["bytes"] / 2 <= ended.summary["most_bytes_for_a_worker"] < plan["bytes"] * 0.6
     assert not (folder / "finetuned").exists()
 
 

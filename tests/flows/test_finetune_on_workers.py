@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +18,9 @@ from engine.storage import open_store
 from tests.clusters import open_cluster
 from tests.commands import Engine
 from tests.flows.archives import shard_bytes, write_recipe, write_shards
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 RECIPE = """
 source:   {{kind: webdataset, uri: "{folder}/shards", label: cls}}
@@ -33,6 +36,13 @@ publish:  always
 output:   {{uri: "{folder}/{name}"}}
 strategy: {strategy}
 """
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of two cores."""
+    with open_cluster({"num_cpus": 2}, {"num_cpus": 2}) as running:
+        yield running
 
 
 def recipe(folder: Path, name: str, strategy: str) -> Path:
@@ -78,7 +88,7 @@ def finetune_and_be_killed(
 
 
 def test_two_workers_of_which_one_is_killed_train_as_one_device_does(
-    tmp_path: Path, engine_process: Engine
+    tmp_path: Path, engine_process: Engine, cluster: Cluster
 ) -> None:
     from engine.on_ray import ray_session, run_training
     from engine.sizing import WorkerShare
@@ -89,14 +99,13 @@ def test_two_workers_of_which_one_is_killed_train_as_one_device_does(
     pids = tmp_path / "pids"
     pids.mkdir()
     epochs: list[tuple[str, int]] = []
-    with open_cluster({"num_cpus": 2}, {"num_cpus": 2}) as cluster:
-        with ray_session(cluster.address, local_cpus=1):
-            body = finetune_and_be_killed(two, pids)
-            answer = run_training(
-                body, lambda one: epochs.append((one["phase"], one["epoch"])), 2, WorkerShare(1.0, 0.0)
-            )
-        ended = engine_process("finetune", alone, "--json", environment={"RAY_ADDRESS": cluster.address})
-        assert ended.code == 0, ended.stderr
+    with ray_session(cluster.address, local_cpus=1):
+        body = finetune_and_be_killed(two, pids)
+        answer = run_training(
+            body, lambda one: epochs.append((one["phase"], one["epoch"])), 2, WorkerShare(1.0, 0.0)
+        )
+    ended = engine_process("finetune", alone, "--json", environment={"RAY_ADDRESS": cluster.address})
+    assert ended.code == 0, ended.stderr
     assert (pids / "killed").exists()
     assert any("goes on from there" in note for note in answer["notes"]), answer["notes"]
     again = epochs[epochs.index(("backbone", 2)) + 1 :]
@@ -206,7 +215,7 @@ def steps_noted(notes: Path) -> dict[int, dict[int, dict[int, int]]]:
 
 
 def test_images_split_between_two_workers_of_which_one_is_killed_train_as_one_device_does(
-    tmp_path: Path,
+    tmp_path: Path, cluster: Cluster
 ) -> None:
     """One device takes the same images in the same order. Shards have 45, 14 and 1 image."""
     from engine.on_ray import ray_session, run_training
@@ -230,10 +239,7 @@ def test_images_split_between_two_workers_of_which_one_is_killed_train_as_one_de
             ("everywhere", "{kind: one_device}"),
         )
     }
-    with (
-        open_cluster({"num_cpus": 2}, {"num_cpus": 2}) as cluster,
-        ray_session(cluster.address, local_cpus=1),
-    ):
+    with ray_session(cluster.address, local_cpus=1):
         answer = run_training(finetune_split(paths["split"], notes), lambda _: None, 2, share)
         epochs = steps_noted(notes)
         orders = {
@@ -265,6 +271,35 @@ def test_images_split_between_two_workers_of_which_one_is_killed_train_as_one_de
         assert metrics["split"][split]["confusion_matrix"] == metrics["everywhere"][split]["confusion_matrix"]
     assert answer["summary"]["comparison"] == pytest.approx(alone["summary"]["comparison"], abs=1e-4)
     assert not list((tmp_path / "split").glob("checkpoint.*"))
+
+
+def test_a_shard_that_one_worker_cannot_read_ends_all_of_them(tmp_path: Path, cluster: Cluster) -> None:
+    from engine.config import load_recipe
+    from engine.errors import ShardsFailed
+    from engine.on_ray import ray_session, run_training
+    from engine.sizing import WorkerShare
+    from jobs.finetune import FinetuneRecipe, _look
+
+    store = open_store(str(tmp_path / "shards"))
+    write_shards(store, shards=12, images=2)  # so small a part of all that each is read by one worker
+    store.write("00007.tar", store.read("00007.tar")[:-3000])
+    strategy = "{kind: multi_worker, workers: 2}"
+    path = write_recipe(
+        tmp_path, "split.yaml", SPLIT.format(folder=tmp_path, images="split", strategy=strategy)
+    )
+    loaded = load_recipe(FinetuneRecipe, path)
+    works, _ = _look(loaded)
+
+    def body(report: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        from jobs.finetune import finetune_on_worker
+
+        return finetune_on_worker(loaded, works, None, 1, report)
+
+    with (
+        ray_session(cluster.address, local_cpus=1),
+        pytest.raises(ShardsFailed, match=r"1 of 12 shards cannot be read(.|\n)*00007\.tar"),
+    ):
+        run_training(body, lambda _: None, 2, WorkerShare(1.0, 0.0))
 
 
 def test_a_cluster_whose_workers_leave_no_core_to_readers_is_refused(

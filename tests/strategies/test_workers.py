@@ -1,4 +1,4 @@
-"""What training workers tell each other, in three processes that do: each gets the same, and of each what it said.
+"""What training workers tell each other, in two processes that do: each gets the same, and of each what it said.
 
 The processes run this file as a program: collectives of one size are all that a process can hold.
 """
@@ -19,12 +19,13 @@ from engine.strategies.workers import Workers
 from tests.contracts.test_strategy_contract import free_addresses
 
 ROOT = Path(__file__).parents[2]
-COUNT = 3
+COUNT = 2
 
 
-def said_by(rank: int) -> bytes:
-    """Of very different lengths; none is a multiple of four bytes, one is empty, one takes several sums."""
-    return np.random.default_rng(rank).bytes((0, 7, 250_001)[rank])
+def said_by(rank: int) -> list[bytes]:
+    """Of very different lengths: none is a multiple of four bytes, one takes several sums, and nothing at all."""
+    lengths = ((7, 0, 0), (250_001, 3, 0))[rank]
+    return [np.random.default_rng(rank).bytes(length) for length in lengths]
 
 
 def said(workers: Workers) -> dict[str, list[float] | list[str]]:
@@ -42,12 +43,12 @@ def said(workers: Workers) -> dict[str, list[float] | list[str]]:
     }
     heard = {name: np.asarray(one).ravel().tolist() for name, one in found.items()}
     return heard | {
-        "gathered": [content.hex() for content in workers.gathered(said_by(rank))],
+        "gathered": [one.hex() for content in said_by(rank) for one in workers.gathered(content)],
         "who": [workers.rank, workers.count, workers.devices],
     }
 
 
-def test_three_workers_hear_the_same_sums_and_the_bytes_of_each(tmp_path: Path) -> None:
+def test_two_workers_hear_the_same_sums_and_the_bytes_of_each(tmp_path: Path) -> None:
     addresses, running = free_addresses(COUNT), []
     for rank in range(COUNT):
         task = {"type": "worker", "index": rank}
@@ -64,13 +65,14 @@ def test_three_workers_hear_the_same_sums_and_the_bytes_of_each(tmp_path: Path) 
             process.kill()
     for rank in range(COUNT):
         heard = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert heard["who"] == [rank, 3, 1]
-        assert heard["each"] == [0.0, 2.5, 5.0]
-        assert heard["float32"] == [3.75] * 6
+        assert heard["who"] == [rank, 2, 1]
+        assert heard["each"] == [0.0, 2.5]
+        assert heard["float32"] == [1.5] * 6
         assert heard["float64"] == [1.0, float("inf")]
-        assert heard["int32"] == [0, 0, 0]
+        assert heard["int32"] == [0, -1, -2]
         assert heard["none"] == []
-        assert [bytes.fromhex(text) for text in heard["gathered"]] == [said_by(one) for one in range(COUNT)]
+        together = [content for both in zip(*map(said_by, range(COUNT)), strict=True) for content in both]
+        assert [bytes.fromhex(text) for text in heard["gathered"]] == together
 
 
 @pytest.mark.parametrize("config", [OneDevice(), Mirrored()])
