@@ -57,8 +57,8 @@ def pending_shards(
 
     Args:
         others: of further tables that are filled with the same parts; a shard is done when it is whole in all of them.
-        since: leave out shards that came or were replaced before that, in seconds since 1970 UTC; such whose time is
-            not known stay.
+        since: leave out shards that came before that, in seconds since 1970 UTC, of which no table has anything; such
+            whose time is not known stay.
     """
     works = WorkList()
     replaced: list[str] = []
@@ -74,7 +74,8 @@ def pending_shards(
         existing = each[0] if len(each) == 1 else Progress.in_all(each)
         if existing.is_complete:
             continue
-        if since is not None and shard.modified is not None and shard.modified < since:
+        is_begun = any(versions)  # half done, or replaced: left alone it would stay half done for ever
+        if since is not None and not is_begun and shard.modified is not None and shard.modified < since:
             older += 1
         else:
             works.append(ShardWork(shard, existing, each if len(set(each)) > 1 else ()))

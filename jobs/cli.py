@@ -69,8 +69,9 @@ Since = Annotated[
     typer.Option(
         metavar="WHEN",
         parser=_moment,
-        help="Only shards that came or were replaced since: 2026-11-20, 2026-11-20T22:00 (on this machine's clock) "
-        "or an age, 36h. The others stay pending.",
+        help="Of shards that are not begun only those that came since: 2026-11-20, 2026-11-20T22:00 (on this machine's "
+        "clock) or an age, 36h. The others stay pending. S3 dates an upload in pieces by its beginning: ask for some "
+        "hours more than there are between runs.",
     ),
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Print what would be done and touch nothing.")]

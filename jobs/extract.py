@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from engine import __version__, run_metrics
 from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
-from engine.errors import ContractMismatch, ObjectNotFound
+from engine.errors import ContractMismatch, ObjectNotFound, RecipeError
 from engine.recipes import Compute, EmbeddingForm, EmbeddingOutput, Limits
 from engine.run_metrics import RunMetrics
 from engine.runtimes.kinds import RuntimeConfig, TensorFlowRuntimeConfig
@@ -524,6 +524,13 @@ def _look(
         if record is not None:
             check_contract(record, _contract_of_table(work, place, contract, record), table.uri)
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
+    if since is not None and reader.regroups:
+        raise RecipeError(
+            "--since: not for single files",
+            found=f"source.kind {recipe.source.kind}, whose files are grouped anew as others come and go",
+            wanted="shards that are objects of their own",
+            way_out="leave --since out: what is done is not read again",
+        )
     progress = [table_progress(table) for table in tables]
     if replay_rejects:
         progress = [

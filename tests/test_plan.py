@@ -41,16 +41,23 @@ def test_shards_that_came_before_a_time_stay_pending_and_are_not_removed() -> No
     """`--since`: complete ones count as done however old, and whose time is not known is done now."""
     listed = [
         ObjectInfo("a.tar", 100, "v1", modified=10.0),
-        ObjectInfo("b.tar", 100, "v1", modified=10.0),
-        ObjectInfo("c.tar", 100, "v2", modified=19.9),
+        ObjectInfo("b.tar", 100, "v1", modified=19.9),
         ObjectInfo("d.tar", 7, "v1", modified=20.0),
         ObjectInfo("e.tar", 5, "v1"),
     ]
-    parts = [part_name("a.tar", "v1", 0, True), part_name("c.tar", "v1", 0, True)]
-    pending = pending_shards(listed, TableProgress(parts), since=20.0)
+    pending = pending_shards(listed, TableProgress([part_name("a.tar", "v1", 0, True)]), since=20.0)
     assert [work.shard.path for work in pending.works] == ["d.tar", "e.tar"]
-    assert (pending.shards_total, pending.shards_done, pending.shards_older) == (5, 1, 2)
-    assert (pending.removed, pending.replaced, pending.bytes_total) == ((), ("c.tar",), 12)
+    assert (pending.shards_total, pending.shards_done, pending.shards_older) == (4, 1, 1)
+    assert (pending.removed, pending.replaced, pending.bytes_total) == ((), (), 12)
+
+
+def test_shards_that_a_table_has_something_of_are_never_too_old() -> None:
+    """Half done by a night whose time was up, or replaced by an older file: a later `--since` would never come back."""
+    listed = [ObjectInfo(f"{name}.tar", 100, "v2", modified=10.0) for name in ("half", "replaced", "new")]
+    parts = [part_name("half.tar", "v2", 0, False), part_name("replaced.tar", "v1", 0, True)]
+    pending = pending_shards(listed, TableProgress(parts), since=20.0)
+    assert [work.shard.path for work in pending.works] == ["half.tar", "replaced.tar"]
+    assert pending.shards_older == 1
 
 
 def test_parts_with_rejects_that_are_done_again_leave_the_others_alone() -> None:

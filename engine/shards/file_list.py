@@ -68,10 +68,6 @@ class ListedFile:
         """Differs when the file or what the list says of it does."""
         return f"{self.info.identity if self.info is not None else 'missing'} {_in_json(self.rows)}"
 
-    @property
-    def modified(self) -> None:
-        """Not known: what the list says of a file may have changed when the file did not."""
-
     def label_problem(self, label_column: str | None, metadata_columns: tuple[str, ...]) -> Problem | None:
         """Why it has no label that could be used; None if it has one, or needs none."""
         if len(self.rows) > 1:

@@ -52,12 +52,8 @@ class _Group:
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.path}\n{file.identity}\n".encode("utf-8", "surrogateescape"))
-        times = [file.modified for file in self.files if file.modified is not None]
         return ObjectInfo(
-            self.path,
-            sum(file.size for file in self.files),
-            f"files:{digest.hexdigest()[:32]}",
-            max(times, default=None) if len(times) == len(self.files) else None,
+            self.path, sum(file.size for file in self.files), f"files:{digest.hexdigest()[:32]}"
         )
 
 
