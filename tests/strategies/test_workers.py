@@ -58,11 +58,12 @@ def test_two_workers_hear_the_same_sums_and_the_bytes_of_each(tmp_path: Path) ->
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         for process in running:
-            _, stderr = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=170)
             assert process.returncode == 0, stderr[-3000:]
     finally:
         for process in running:
             process.kill()
+            process.wait(10)
     for rank in range(COUNT):
         heard = json.loads((tmp_path / f"{rank}.json").read_text())
         assert heard["who"] == [rank, 2, 1]
