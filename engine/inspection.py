@@ -18,6 +18,7 @@ from engine.heads.bundle import MANIFEST, Bundle, open_bundle, report_uri
 from engine.lineage import lineage_of_part, lineage_of_table
 from engine.night import HELD_FOLDER, held_store, last_night
 from engine.parts import PartName, TableProgress, parse_part_name
+from engine.run_record import last_run
 from engine.storage import Store, open_store
 from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER, is_of_images, part_names
 
@@ -84,6 +85,7 @@ def _inspect_bundle(store: Store) -> dict[str, Any]:
         "suspect_labels": suspects and len(suspects["suspects"]),
         "report": report_uri(bundle),
         "files": files,
+        **_last_run_of(store),
         "damaged": damaged,
         "versions": manifest.versions,
     }
@@ -131,10 +133,21 @@ def _inspect_table(store: Store) -> dict[str, Any]:
     }
     if record["kind"] != "predictions" or is_of_images(record):
         facts["parts_with_rejects"] = sum(1 for _ in store.names(REJECTS_FOLDER))
+    facts |= _last_run_of(store)
     if record["kind"] != "predictions":
         return facts
     steps = [asdict(step) for step in lineage_of_table(store, record)]
     return facts | _nights_of(store) | {"lineage": steps}
+
+
+def _last_run_of(store: Store) -> dict[str, Any]:
+    """How the last run that is kept here ended, and what it met; nothing where none is kept."""
+    run = last_run(store)
+    if run is None:
+        return {}
+    error = run.get("error") or {}
+    told = {name: run.get(name) for name in ("run_id", "ended", "outcome")} | {"error": error.get("thing")}
+    return {"last_run": {name: value for name, value in told.items() if value is not None}}
 
 
 def _nights_of(store: Store) -> dict[str, Any]:

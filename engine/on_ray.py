@@ -85,12 +85,19 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
+def ray_session(
+    address: str | None,
+    local_cpus: float,
+    metrics: RunMetrics | None = None,
+    ends: contextlib.ExitStack | None = None,
+) -> Iterator[None]:
     """Connect to a cluster, or start a local Ray and end it afterwards; a session of an earlier job is shared.
 
     Args:
         address: of a running cluster. None: the cluster this process was submitted to (RAY_ADDRESS), else a local Ray.
         local_cpus: logical CPUs of a local Ray; at least what the stages reserve, or they would wait for ever.
+        metrics: of this run, handed on meanwhile; a local Ray ends with the block, so that nobody could ask it.
+        ends: ends a session with a cluster, instead of this block: what comes after is seen, too, and shares it.
 
     Raises:
         ClusterError: no cluster answers there.
@@ -124,11 +131,15 @@ def ray_session(address: str | None, local_cpus: float) -> Iterator[None]:
                 signal.SIGTERM, on_sigterm
             )  # ray.init puts its own there, which ends with exit code 15
     proxied = (address or "").startswith("ray://")  # the proxy holds the session
-    try:
-        with contextlib.nullcontext() if proxied else head_watched(ray.get_runtime_context().gcs_address):
-            yield
-    finally:
-        ray.shutdown()
+    with contextlib.ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        if not proxied:
+            stack.enter_context(head_watched(ray.get_runtime_context().gcs_address))
+        if address and not proxied and metrics is not None:
+            stack.enter_context(_metrics_exported(metrics))
+        if address and ends is not None:
+            ends.push(stack.pop_all())
+        yield
 
 
 def machines_of_cluster() -> Machines:
@@ -198,11 +209,11 @@ def _worker_logs() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def metrics_exported(metrics: RunMetrics) -> Iterator[None]:
+def _metrics_exported(metrics: RunMetrics) -> Iterator[None]:
     """Hand a run's metrics to Ray's agent of this node while the block lasts, and once more at its end.
 
     The agent keeps counters after the driver has gone, and gauges for 20 s. What was handed over last leaves with
-    `ray.shutdown`, so that it belongs around this.
+    `ray.shutdown`.
     """
     exporters: dict[Metric, Callable[..., None]] = {}
 

@@ -22,7 +22,6 @@ from engine.backbones.kinds import BackboneConfig
 from engine.config import Config
 from engine.errors import ContractMismatch, ObjectNotFound, RecipeError
 from engine.recipes import Compute, EmbeddingForm, EmbeddingOutput, Limits
-from engine.run_metrics import RunMetrics
 from engine.runtimes.kinds import RuntimeConfig, TensorFlowRuntimeConfig
 from engine.shards.kinds import SourceConfig
 from engine.storage import StorageConfig
@@ -159,7 +158,7 @@ def run(  # noqa: PLR0913
     as_run = as_run or Run.new("extract")
     passed = run_pass(
         _pass_of(recipe),
-        as_run.metrics,
+        as_run,
         prune=prune,
         prune_up_to=prune_up_to,
         replay_rejects=replay_rejects,
@@ -176,7 +175,7 @@ def _pass_of(recipe: ExtractRecipe) -> ImagePass:
 
 def run_pass(
     work: ImagePass,
-    metrics: RunMetrics,
+    as_run: Run,
     *,
     prune: bool,
     prune_up_to: int | None,
@@ -209,7 +208,7 @@ def run_pass(
     left = len(pending.works)
     if record is None or None in records or pending.works or not _names_same_backbone(recipe, record):
         keeps_embeddings = work.labels is None or work.labels.job.keeps_embeddings
-        told = _Told(pending, totals, stop, metrics, keeps_embeddings)
+        told = _Told(pending, totals, stop, as_run, keeps_embeddings)
         sizing, machines, num_groups, record = _extract(work, record, told, here)
         left -= totals.shards_done + totals.shards.failed
         if not stop.was_asked:
@@ -286,7 +285,8 @@ def _extract(
         # Only now: importing Ray takes seconds in which the network is already being loaded.
         from engine.on_ray import machines_of_cluster, ray_session, run_extract, run_on_worker
 
-        stack.enter_context(ray_session(recipe.compute.address, max(sizing.cpus_reserved, here.cpus)))
+        cpus = max(sizing.cpus_reserved, here.cpus)
+        stack.enter_context(ray_session(recipe.compute.address, cpus, told.run.metrics, told.run.ends))
         machines = machines_of_cluster()
         sizing = _sizing(recipe, record, machines)
         _require_room(sizing, machines, in_cluster)
@@ -761,7 +761,7 @@ class _Told:
     pending: PendingShards
     totals: RunTotals
     stop: Stop
-    metrics: RunMetrics
+    run: Run
     keeps_embeddings: bool
 
 
@@ -786,7 +786,7 @@ def _measure(receipt: Receipt, told: _Told, is_new: bool) -> None:
     """Count a receipt for whoever watches the run; what was read is counted as often as it was read."""
     from engine.doctor import STAGES
 
-    header, metrics, totals = receipt.header, told.metrics, told.totals
+    header, metrics, totals = receipt.header, told.run.metrics, told.totals
     metrics.count(
         run_metrics.READ_BYTES,
         header.bytes_read,
@@ -808,10 +808,10 @@ def _measure(receipt: Receipt, told: _Told, is_new: bool) -> None:
 
 
 def _measure_shards(told: _Told) -> None:
-    done, failed = told.totals.shards_done, told.totals.shards.failed
-    told.metrics.reach(run_metrics.SHARDS_DONE, done)
-    told.metrics.reach(run_metrics.SHARDS_FAILED, failed)
-    told.metrics.set(run_metrics.SHARDS_PENDING, len(told.pending.works) - done - failed)
+    metrics, done, failed = told.run.metrics, told.totals.shards_done, told.totals.shards.failed
+    metrics.reach(run_metrics.SHARDS_DONE, done)
+    metrics.reach(run_metrics.SHARDS_FAILED, failed)
+    metrics.set(run_metrics.SHARDS_PENDING, len(told.pending.works) - done - failed)
 
 
 def _clean_up(

@@ -77,7 +77,7 @@ def run(recipe: FinetuneRecipe, *, as_run: Run | None = None) -> Outcome:
     say(f"finetune: {len(works):,} shards of {recipe.source.uri} ({sum(works.sizes) / 1e6:,.1f} MB)")
     workers, here = recipe.strategy.workers, machines_here()
     # Ray Train's own controller takes part of a core; local readers are beside workers, and done before these begin.
-    with ray_session(None, local_cpus=2 * max(here.cpus, workers) + 1):
+    with ray_session(None, 2 * max(here.cpus, workers) + 1, metrics, as_run.ends):
         share, readers = _layout(recipe, machines_of_cluster(), here.cpus)
         with progress_bar("epochs", recipe.training.epochs) as (bar, task):
 

@@ -72,7 +72,8 @@ def run(recipe: FitRecipe, *, as_run: Run | None = None) -> Outcome:
         )
     workers = recipe.strategy.workers
     cpus_here = max(machines_here().cpus, workers)
-    with ray_session(None, local_cpus=cpus_here + 1):  # Ray Train's own controller takes part of a core
+    # Ray Train's own controller takes part of a core.
+    with ray_session(None, cpus_here + 1, metrics, as_run.ends):
         machines = machines_of_cluster()
         if joins_cluster(None):
             share = share_of_workers(recipe.strategy, machines)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from engine import log_lines
@@ -53,7 +54,8 @@ def json_logs(context: LogContext) -> Iterator[None]:
     for number in real:
         os.dup2(foreign.stdin.fileno(), number)
     foreign.stdin.close()
-    use_json_log(JsonLog(context, lambda line: os.write(real[2], f"{line}\n".encode())))
+    log = JsonLog(context, _writer_to(real[2]))
+    use_json_log(log)
     stdout, sys.stdout = sys.stdout, os.fdopen(real[1], "w", buffering=1, closefd=False)
     try:
         yield
@@ -63,5 +65,18 @@ def json_logs(context: LogContext) -> Iterator[None]:
         sys.stderr.flush()
         for number, own in real.items():
             os.dup2(own, number)
+        use_json_log(log)  # once more: ray.init puts its own sys.excepthook in the place (Ray 2.60)
         with suppress(subprocess.TimeoutExpired):
             foreign.wait(PATIENCE_S)
+
+
+def _writer_to(number: int) -> Callable[[str], None]:
+    """Writes whole lines to a file descriptor, one thread at a time, and holds none back."""
+    stream, lock = os.fdopen(number, "wb", closefd=False), threading.Lock()
+
+    def write(line: str) -> None:
+        with lock:
+            stream.write(line.encode() + b"\n")
+            stream.flush()
+
+    return write

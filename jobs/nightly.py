@@ -136,7 +136,7 @@ def run(
     ) as lease:
         metrics.follow(run_metrics.LEASE_HELD, lambda: 0.0 if lease.lost else 1.0)
         metrics.follow(run_metrics.LEASE_AGE, lambda: lease.age)
-        night = _Night({"verb": "nightly", "run_id": run_id, "table": table.uri}, lease, started, metrics)
+        night = _Night({"verb": "nightly", "run_id": run_id, "table": table.uri}, lease, started, as_run)
         if publish:
             return _published_by_hand(recipe, night)
         return _one_night(recipe, night, {"prune": prune, "prune_up_to": prune_up_to, "since": since})
@@ -154,7 +154,16 @@ class _Night:
     facts: dict[str, Any]
     lease: Lease
     started: float
-    metrics: RunMetrics
+    run: Run
+
+    @property
+    def metrics(self) -> RunMetrics:
+        """Where its steps count."""
+        return self.run.metrics
+
+    def part(self, verb: str) -> Run:
+        """The run of another verb within this night."""
+        return dataclasses.replace(self.run, run_id=new_run_id(verb))
 
     def step(self) -> None:
         """Between two steps that readers see: the lease must still be ours, and whoever watches sees it get on."""
@@ -192,11 +201,9 @@ def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) ->
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
     if until is not None:
         metrics.set(run_metrics.DEADLINE, time.time() + until - time.monotonic())
-    extracted = extract.run(
-        recipe.extraction(), until=extract_until, as_run=Run(new_run_id("extract"), metrics), **options
-    )
+    extracted = extract.run(recipe.extraction(), until=extract_until, as_run=night.part("extract"), **options)
     night.step()
-    scored = score.run(recipe.scoring(), held=True, until=until, as_run=Run(new_run_id("score"), metrics))
+    scored = score.run(recipe.scoring(), held=True, until=until, as_run=night.part("score"))
     night.step()
     tables = [
         _judged(recipe, wanted, told["bundle"], night)

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,10 +42,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a verb: the name that it goes by, and where it counts what it does."""
+    """One run of a verb, as those who watch it know it.
+
+    Attributes:
+        run_id: the name that it goes by.
+        metrics: where it counts what it does.
+        ends: what is left open until its very end; None: nothing is.
+    """
 
     run_id: str
     metrics: RunMetrics
+    ends: ExitStack | None = None
 
     @staticmethod
     def new(verb: str) -> Run:

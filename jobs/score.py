@@ -136,7 +136,7 @@ def run(
 
         return score_images.run(recipe, as_run, until, prune, prune_up_to, replay_rejects)
     _require_images(prune, prune_up_to, replay_rejects)
-    scored = score_embeddings(recipe, as_run.metrics, held, until)
+    scored = score_embeddings(recipe, as_run, held, until)
     summary = summary_of(as_run.run_id, scored, time.monotonic() - started)
     return Outcome({**summary, "parts_left": scored.parts_left})
 
@@ -171,7 +171,7 @@ class Scored:
     parts_left: int
 
 
-def score_embeddings(recipe: ScoreRecipe, metrics: RunMetrics, held: bool, until: float | None) -> Scored:
+def score_embeddings(recipe: ScoreRecipe, as_run: Run, held: bool, until: float | None) -> Scored:
     """Score the embedding parts that have no predictions yet; arguments as of `run`."""
     from engine.predictor import BundleCounts
     from engine.tables import claim_table, sweep_predictions
@@ -182,7 +182,7 @@ def score_embeddings(recipe: ScoreRecipe, metrics: RunMetrics, held: bool, until
     for bundle, table in zip(look.bundles, look.tables, strict=True):
         record = record_of(look.embeddings.store.uri, look.embeddings.record["fingerprint"], bundle)
         require_same(claim_table(table, record), record["contract"], table.uri)
-    receipts = _scored(recipe, look, pending, until, metrics) if pending else []
+    receipts = _scored(recipe, look, pending, until, as_run) if pending else []
     left = len(pending) - sum(receipt.parts_read for receipt in receipts)
     for table in () if held else look.tables:
         if swept := sweep_predictions(table, lambda: wanted_now(look.embeddings.store)):
@@ -212,7 +212,7 @@ def _scored(
     look: _Look,
     pending: Sequence[PendingPart],
     until: float | None,
-    metrics: RunMetrics,
+    run: Run,
 ) -> list[ScoreReceipt]:
     """Spread the pending parts over scorers, one for each core."""
     from engine.on_ray import machines_of_cluster, ray_session, run_parts
@@ -228,9 +228,10 @@ def _scored(
     started = time.monotonic()
     receipts: list[ScoreReceipt] = []
     parts = rows = 0
+    metrics = run.metrics
     metrics.set(run_metrics.PARTS_PENDING, len(pending))
     with (
-        ray_session(None, local_cpus=machines_here().cpus),
+        ray_session(None, machines_here().cpus, metrics, run.ends),
         progress_bar("parts", len(pending)) as (bar, task),
     ):
         # Ray 2.60 sets OMP_NUM_THREADS to an actor's CPUs, so that matrix products of all scorers share the cores.

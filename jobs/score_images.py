@@ -69,7 +69,7 @@ def run(
     jobs = work.labels.job.bundles
     passed = run_pass(
         work,
-        as_run.metrics,
+        as_run,
         prune=prune,
         prune_up_to=prune_up_to,
         replay_rejects=replay_rejects,
@@ -79,9 +79,7 @@ def run(
     totals = tuple(passed.totals.bundles.get(place, BundleCounts()) for place in range(len(jobs)))
     scored = Scored(jobs, tuple(job.table_uri for job in jobs), totals, parts_read=0, parts_left=0)
     if recipe.output.uri is not None:
-        scored = _with_rest(
-            scored, score_embeddings(_of_kept(recipe), as_run.metrics, held=False, until=until)
-        )
+        scored = _with_rest(scored, score_embeddings(_of_kept(recipe), as_run, held=False, until=until))
     summary = summary_of(as_run.run_id, scored, time.monotonic() - started)
     kept = {"embeddings": recipe.output.uri, "parts_left": scored.parts_left, "images": passed.summary}
     return Outcome({**summary, **kept}, passed.verdict)

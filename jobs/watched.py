@@ -5,10 +5,10 @@ Not for: what a job does, or what a person reads while it runs (`jobs.outcome`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from engine.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_JUDGED,
+    ClusterError,
     EngineError,
     StorageError,
 )
@@ -51,47 +52,46 @@ class Job(Protocol):
 
 
 def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[str, Any]) -> Outcome:
-    """Run a job; what it raises is raised, after it has been counted and kept.
-
-    In a cluster one session spans the run, so that its last numbers leave with it. A local Ray has nobody who would
-    scrape it: there the record has to do.
-    """
+    """Run a job; what it raises is raised, after it has been counted and kept."""
     stores, metrics, began = job.stores(recipe), RunMetrics(verb), time.time()
     metrics.set(run_metrics.IN_PROGRESS, 1)
     metrics.set(run_metrics.STARTED, began)
     metrics.get_on()
     outcome: Outcome | None = None
-
-    def count_end(_kind: object, error: BaseException | None, _trace: object) -> None:
-        _count_end(metrics, _verdict(error, outcome))
-
-    def keep(_kind: object, error: BaseException | None, _trace: object) -> None:
-        _keep(stores, _record(verb, run_id, began, _verdict(error, outcome), outcome))
-
-    with contextlib.ExitStack() as stack:
-        stack.push(keep)
-        stack.enter_context(_exported(job.cluster_address(recipe), metrics))
-        stack.push(count_end)
-        outcome = job.run(recipe, as_run=Run(run_id, metrics), **options)
+    ended: BaseException | None = None
+    with ExitStack() as ends:
+        run = Run(run_id, metrics, ends)
+        try:
+            outcome = job.run(recipe, as_run=run, **options)
+            ended = outcome.verdict
+        except BaseException as error:
+            ended = error
+            raise
+        finally:
+            _keep(stores, _record(verb, run_id, began, ended, outcome))
+            _count_end(metrics, ended)
+            if not isinstance(ended, ClusterError):  # then there is nobody to tell
+                _connect(run, job.cluster_address(recipe))
     return outcome
 
 
-def _verdict(error: BaseException | None, outcome: Outcome | None) -> BaseException | None:
-    """What decides the exit code."""
-    return outcome.verdict if error is None and outcome is not None else error
+def _connect(run: Run, address: str | None) -> None:
+    """To tell how a run ended that did not come to connect to its cluster.
 
-
-@contextlib.contextmanager
-def _exported(address: str | None, metrics: RunMetrics) -> Iterator[None]:
+    Not before the run: when the driver of a submitted job connects, Ray's agents unpack the job's files, and where
+    several are on one machine, over each other's, so that nothing can be imported for a while (Ray 2.60).
+    """
     from engine.cluster_head import joins_cluster
 
     if not joins_cluster(address):
-        yield
         return
-    from engine.on_ray import metrics_exported, ray_session
+    from engine.on_ray import ray_session
 
-    with ray_session(address, local_cpus=0), metrics_exported(metrics):
-        yield
+    try:
+        with ray_session(address, 0, run.metrics, run.ends):
+            pass
+    except ClusterError as error:
+        say(f"how the run ended is not in the metrics: {error.thing}", logging.WARNING)
 
 
 def _count_end(metrics: RunMetrics, ended: BaseException | None) -> None:

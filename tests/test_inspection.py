@@ -12,6 +12,7 @@ from engine.heads.confidence import Calibration
 from engine.heads.kinds import LinearHeadConfig, build_head
 from engine.inspection import inspect_uri
 from engine.parts import part_name
+from engine.run_record import keep_run
 from engine.storage import Store, open_store
 from engine.tables import claim_table
 from jobs.cli import main
@@ -86,6 +87,12 @@ def test_a_table_is_told_from_its_record_and_its_listing(tmp_path: Path) -> None
     assert (facts["kind"], facts["width"]) == ("table of embeddings", 1280)
     assert facts["backbone"] == {"kind": "efficientnet_lite0"}
     assert [facts[name] for name in ("shards", "shards_complete", "parts", "bytes")] == [2, 1, 3, 9]
+    assert "last_run" not in facts
+    run_id = "extract-20260101T000000Z-0a1b"
+    error = {"kind": "ShardsFailed", "thing": "2 shards could not be read", "found": None}
+    keep_run(store, run_id, {"run_id": run_id, "ended": "then", "outcome": "failed", "error": error})
+    told = {"run_id": run_id, "ended": "then", "outcome": "failed", "error": "2 shards could not be read"}
+    assert inspect_uri(store)["last_run"] == told
     store.write("_table.json", b"[]")
     with pytest.raises(TableDamaged, match="not a table record"):
         inspect_uri(store)

@@ -16,9 +16,15 @@ import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
+from engine.config import load_recipe
+from engine.doctor import STAGES
+from engine.errors import HeldBack
 from engine.lease import held_lease, this_run
+from engine.run_metrics import Kind, RunMetrics
 from engine.storage import open_store
+from jobs import nightly
 from jobs.nightly import LEASE_NAME
+from jobs.outcome import Run
 from tests.commands import Ended, Engine
 from tests.flows.archives import shard_bytes, write_recipe
 from tests.shards.archives import member, tar_bytes
@@ -216,6 +222,37 @@ def test_a_night_beside_another_leaves_and_says_whose_turn_it_is(night: Any, tmp
     assert "the other night" in refused.stderr
     assert not (tmp_path / "labels").exists()
     assert night().code == 0
+    records = [json.loads(path.read_text()) for path in (tmp_path / "embeddings" / "runs").glob("nightly*")]
+    left, ended = sorted(records, key=lambda record: record["exit_code"], reverse=True)
+    assert (left["outcome"], left["error"]["kind"], left["summary"]) == ("failed", "LeaseHeld", None)
+    assert (ended["outcome"], ended["summary"]["published_parts"]) == ("done", 6)
+
+
+def test_a_night_that_is_held_back_says_so_in_numbers(night: Any, tmp_path: Path) -> None:
+    assert night().code == 0
+    put(tmp_path, "5.tar", noise_shard())
+    settings = ("budget.max_seconds=86400",)
+    recipe = load_recipe(nightly.NightlyRecipe, tmp_path / "nightly.yaml", settings)
+    metrics = RunMetrics("nightly")
+    outcome = nightly.run(recipe, as_run=Run("nightly-20260101T000000Z-0a1b", metrics))
+    assert isinstance(outcome.verdict, HeldBack)
+    seen = {
+        (
+            change.metric.name,
+            *(text for label, text in change.labels.items() if label != "verb"),
+        ): change.value
+        for change in metrics.changes()
+        if change.metric.kind is not Kind.HISTOGRAM
+    }
+    assert seen["engine_gate_decisions_total", "held_back"] == 1
+    assert ("engine_gate_decisions_total", "published") not in seen
+    assert (seen["engine_held_parts",], seen["engine_lease_held",]) == (2, 1)
+    assert 0 <= seen["engine_lease_age_ratio",] < 1
+    assert 86_000 < seen["engine_deadline_timestamp_seconds",] - time.time() < 86_400
+    assert seen["engine_rows_total", "embeddings"] == seen["engine_rows_total", "predictions"] == ROWS
+    assert seen["engine_parts_written_total", "predictions"] == 2
+    assert (seen["engine_shards_pending",], seen["engine_parts_pending",]) == (0, 0)
+    assert all(seen["engine_stage_seconds_total", stage] > 0 for stage in (*STAGES, "score"))
 
 
 def test_a_night_whose_time_is_up_stops_and_the_next_goes_on(night: Any, tmp_path: Path) -> None:

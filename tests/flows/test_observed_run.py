@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from engine.log_lines import JsonLog, LogContext, use_json_log
 from engine.run_metrics import METRICS
 from engine.storage import open_store
 from tests.commands import Ended, Engine
@@ -25,6 +26,19 @@ from tests.shards.archives import member, tar_bytes
 IMAGES = 70  # of each shard: a part of 64 and one of 6
 PARTS = 5
 OUR_LABELS = {"verb", *(label for metric in METRICS for label in metric.labels)}
+ADDED_UP = ("_total", "_count")
+LOGS_ON_A_WORKER = """
+import logging, sys
+from engine.log_lines import JsonLog, LogContext, use_json_log
+from engine.on_ray import ray_session, run_on_worker
+
+def warn(count):
+    logging.getLogger("engine.training.labels").warning("%d labels of unknown keys", count)
+
+use_json_log(JsonLog(LogContext("fit", "fit-20260101T000000Z-beef"), print))
+with ray_session(sys.argv[1], local_cpus=1):
+    run_on_worker(warn, 3, num_cpus=1, num_gpus=0)
+"""
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -37,16 +51,22 @@ class Cluster:
     logs: Path
 
     def scraped(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        """The engine's samples on the metrics page, without the labels that Ray adds."""
+        """The engine's samples on the metrics page, without the labels that Ray adds.
+
+        Each run has series of its own: counters are added up, of a gauge the latest counts.
+        """
         with urllib.request.urlopen(self.metrics_url, timeout=10) as answer:
             page = answer.read().decode()
-        found = {}
+        found: dict[tuple[str, frozenset[tuple[str, str]]], list[tuple[str, float]]] = defaultdict(list)
         for name, labels, value in SAMPLE.findall(page):
             if name.startswith("ray_engine_"):
-                pairs = re.findall(r'(\w+)="([^"]*)"', labels)
-                ours = frozenset((label, text) for label, text in pairs if label in OUR_LABELS)
-                found[name, ours] = float(value)
-        return found
+                pairs = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+                ours = frozenset((label, text) for label, text in pairs.items() if label in OUR_LABELS)
+                found[name, ours].append((pairs["WorkerId"], float(value)))
+        return {
+            series: sum(value for _, value in seen) if series[0].endswith(ADDED_UP) else max(seen)[1]
+            for series, seen in found.items()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +80,7 @@ def cluster() -> Iterator[Cluster]:
         head_node_args={
             "num_cpus": 3,
             "include_dashboard": False,
+            "dashboard_port": 0,  # the default may be another Ray's on this machine
             "dashboard_agent_listen_port": 0,
             "metrics_export_port": port,
         },
@@ -148,28 +169,11 @@ def test_a_run_is_seen_on_the_metrics_page_in_its_log_and_beside_its_table(
     assert page["ray_engine_runs_total", labels(verb="extract", outcome="judged", error="OverBudget")] == 1
 
 
-def test_what_our_code_logs_on_workers_is_json_of_the_same_run(cluster: Cluster) -> None:
-    from engine.on_ray import ray_session, run_on_worker
-
-    context = LogContext("fit", "fit-20260101T000000Z-beef")
-    use_json_log(JsonLog(context, lambda line: None))
-    try:
-        with ray_session(cluster.address, local_cpus=1):
-            run_on_worker(warn_of, "a label", num_cpus=1, num_gpus=0)
-    finally:
-        use_json_log(None)
+def test_what_our_code_logs_on_workers_is_json_of_the_same_run(cluster: Cluster, repository: Path) -> None:
+    command = [sys.executable, "-c", LOGS_ON_A_WORKER, cluster.address]
+    subprocess.run(command, cwd=repository, check=True, timeout=120)
     written = [line for path in cluster.logs.glob("worker-*.err") for line in path.read_text().splitlines()]
-    found = [json.loads(line) for line in written if "beef" in line]
-    assert [(line["level"], line["logger"], line["message"]) for line in found] == [
-        ("WARNING", "engine.training.labels", "there is no a label")
+    found = [json.loads(line) for line in written if "fit-20260101T000000Z-beef" in line]
+    assert [(line["verb"], line["level"], line["logger"], line["message"]) for line in found] == [
+        ("fit", "WARNING", "engine.training.labels", "3 labels of unknown keys")
     ]
-
-
-def warn_of(what: str) -> None:
-    logging.getLogger("engine.training.labels").warning("there is no %s", what)
-
-
-def test_a_log_format_that_there_is_not_is_refused(engine_process: Engine) -> None:
-    ended = engine_process("backbones", environment={"ENGINE_LOG": "yaml"})
-    assert ended.code == 2
-    assert "ENGINE_LOG" in ended.stderr and "text or json" in ended.stderr
