@@ -18,6 +18,7 @@ from engine.config import Config
 from engine.errors import RecipeError
 from engine.storage import StorageConfig, Uri, open_store, uri_in_full
 
+CLASS_IDS = "class_ids"  # a label map that the bundle has itself
 _MAP_FILES = (".csv", ".tsv", ".parquet")
 _NAMES_SHOWN = 10  # of classes, in a message
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -44,11 +45,13 @@ def _as_label_map(given: Any) -> Any:
     """Ids may be written as whole numbers; a file's URI is spelled in full."""
     if given is None:
         return None
+    if given == CLASS_IDS:
+        return given
     if isinstance(given, str) and given.lower().endswith(_MAP_FILES):
         return uri_in_full(given)
     if not isinstance(given, dict) or not given:
         raise ValueError(
-            "a mapping as in {cat: id-7, dog: id-9}, or the URI of a .csv, .tsv or .parquet file"
+            "a mapping as in {cat: id-7, dog: id-9}, the URI of a .csv, .tsv or .parquet file, or class_ids"
         )
     for name, label in given.items():
         is_id = isinstance(label, str | int) and not isinstance(label, bool)
@@ -76,8 +79,9 @@ class PredictionOutput(Config):
         BeforeValidator(_as_label_map, json_schema_input_type=dict[str, str | int] | str | None),
     ] = None
     """Your ids for the classes, which then stand in `label`, `labels` and `top_labels`: `{cat: id-7}`, or the URI of a
-    .csv, .tsv or .parquet file with two columns, class and id (a .csv begins with a line of column names). A file may
-    name more classes than the bundle has. Classes with the same id stay candidates of their own."""
+    .csv, .tsv or .parquet file with two columns, class and id (a .csv begins with a line of column names), or the word
+    `class_ids`: those that the bundle has itself (WordNet's, of ImageNet). A file may name more classes than the bundle
+    has. Classes with the same id stay candidates of their own."""
     unmapped: Literal["refuse", "keep"] = "refuse"
     """Classes that `label_map` does not name: `refuse` the run, or `keep` their own names."""
     also: tuple[Literal["jsonl", "csv"], ...] = ()
@@ -112,12 +116,20 @@ class Decisions:
 
 
 def decisions_of(
-    output: PredictionOutput, classes: Sequence[str], storage: StorageConfig, bundle_uri: str
+    output: PredictionOutput,
+    classes: Sequence[str],
+    storage: StorageConfig,
+    bundle_uri: str,
+    class_ids: Sequence[str] = (),
 ) -> Decisions:
     """Work a recipe's block out for the classes of a bundle.
 
+    Args:
+        class_ids: of each class, where the bundle has them.
+
     Raises:
-        RecipeError: it names a class that the bundle has not got, or leaves one without an id.
+        RecipeError: it names a class that the bundle has not got, leaves one without an id, or asks for ids that there
+            are none of.
         StorageError: the file of a label map cannot be read.
     """
     wanted = output.min_confidence
@@ -127,7 +139,7 @@ def decisions_of(
     contract |= {f"min_confidence.{name}": apart[name] for name in sorted(apart)}
     labels = tuple(classes)
     if output.label_map is not None:
-        labels = _mapped(output, classes, storage, bundle_uri)
+        labels = _mapped(output, classes, storage, bundle_uri, class_ids)
         contract |= {f"label_map.{name}": label for name, label in zip(classes, labels, strict=True)}
     if output.also:
         contract["also"] = list(output.also)
@@ -136,8 +148,20 @@ def decisions_of(
 
 
 def _mapped(
-    output: PredictionOutput, classes: Sequence[str], storage: StorageConfig, bundle_uri: str
+    output: PredictionOutput,
+    classes: Sequence[str],
+    storage: StorageConfig,
+    bundle_uri: str,
+    class_ids: Sequence[str],
 ) -> tuple[str, ...]:
+    if output.label_map == CLASS_IDS:
+        if not class_ids:
+            raise RecipeError(
+                f"label_map: bundle {bundle_uri} has no class_ids",
+                wanted="a bundle whose classes are from a catalogue, as `engine imagenet` makes them",
+                way_out="give a mapping, or leave label_map out",
+            )
+        return tuple(class_ids)
     if isinstance(output.label_map, str):
         ids = _read_map(output.label_map, storage)
     else:

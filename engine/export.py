@@ -235,6 +235,7 @@ def _facts(bundle: Bundle, record: Mapping[str, Any]) -> dict[str, Any]:
         "bundle_uri": bundle.store.uri,
         "task": manifest.task,
         "classes": manifest.classes,
+        "class_ids": manifest.class_ids,
         "thresholds": manifest.thresholds,
         "fingerprint": manifest.fingerprint,
         "backbone": record["backbone"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,15 +65,14 @@ def _inspect_bundle(store: Store) -> dict[str, Any]:
     damaged = [role for role, state in files.items() if state.startswith(_DAMAGED)]
     metrics = bundle.document("metrics") if "metrics" not in damaged else {}
     suspects = bundle.document("suspects") if "suspects" in set(files) - set(damaged) else None
-    shown = manifest.classes[:CLASSES_SHOWN]
-    more = len(manifest.classes) - len(shown)
     return {
         "kind": "bundle",
         "uri": store.uri,
         "id": bundle.id,
         "created": manifest.created,
         "task": manifest.task,
-        "classes": ", ".join(shown) + (f" and {more:,} more" if more else ""),
+        "classes": _some_of(manifest.classes),
+        "class_ids": _some_of(manifest.class_ids) or None,
         "head": manifest.head.model_dump(mode="json"),
         "side_features": [one.column for one in manifest.side_features],
         "width": manifest.width,
@@ -89,6 +88,11 @@ def _inspect_bundle(store: Store) -> dict[str, Any]:
         "damaged": damaged,
         "versions": manifest.versions,
     }
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = len(names) - CLASSES_SHOWN
+    return ", ".join(names[:CLASSES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _figures(split: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -202,7 +202,8 @@ def _made(record: Mapping[str, Any]) -> str:
     backbone = record.get("backbone") or {}
     network = backbone.get("name") or backbone.get("weights") or backbone.get("kind") or "a network"
     of = f"{network} (fingerprint {str(record.get('fingerprint'))[:16]})"
-    return f"made {record.get('created', 'at an unknown time')} by {of} of {record.get('source_uri')}"
+    source = f" of {record['source_uri']}" if record.get("source_uri") else ""
+    return f"made {record.get('created', 'at an unknown time')} by {of}{source}"
 
 
 def _embedding_part_step(

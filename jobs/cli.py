@@ -30,6 +30,8 @@ from engine.log_lines import LogContext, json_log, print_error
 from jobs.logs import json_logs, wants_json
 
 if TYPE_CHECKING:
+    from engine.backbones.kinds import BackboneConfig
+    from engine.runtimes.kinds import RuntimeConfig
     from engine.storage import StorageConfig
 
 app = typer.Typer(
@@ -90,6 +92,14 @@ class PoolingName(StrEnum):
 
     AVG = "avg"
     MAX = "max"
+
+
+class ResizeName(StrEnum):
+    """`engine.backbones.kinds.Resize`, likewise."""
+
+    STRETCH = "stretch"
+    LETTERBOX = "letterbox"
+    CENTER_CROP = "center_crop"
 
 
 RECIPE_CLASSES = {
@@ -425,6 +435,55 @@ def export(
 
 
 @app.command()
+def imagenet(  # noqa: PLR0913, PLR0917 (each is an option)
+    backbone: Annotated[
+        str,
+        typer.Argument(
+            help="A network as `engine backbones` lists it, or the recipe (.yaml) of the `extract` whose network it is."
+        ),
+    ],
+    target: Annotated[str, typer.Argument(help="URI of the bundle's folder.")],
+    input_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the square input in pixels, 224 if not given; a recipe says it itself."),
+    ] = None,
+    resize: Annotated[
+        ResizeName | None,
+        typer.Option(help="How images become squares, stretch if not given; a recipe says it itself."),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a network's own ImageNet classifier as a bundle: labels of 1,000 classes without training.
+
+    For networks whose classifier is one dense layer on pooled features; others are refused by name. The bundle scores
+    embeddings of that network, or images, as any other. Its labels are the first words of WordNet's synsets; with
+    `label_map: class_ids` a prediction table has WordNet's ids instead. Keys for S3 come from the usual AWS environment
+    or role.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded
+    from engine.imagenet import publish_imagenet_bundle
+    from engine.storage import open_store
+
+    storage = _storage("imagenet", endpoint_url, region, anonymous)
+    shape = {"input_size": input_size, "resize": resize.value if resize else None}
+    config, runtime, storage = _network_of(backbone, shape, storage)
+    bundle = publish_imagenet_bundle(config, runtime, open_store(target, storage), storage)
+    facts = {
+        "bundle": bundle.store.uri,
+        "id": bundle.id,
+        "classes": len(bundle.manifest.classes),
+        "fingerprint": bundle.manifest.fingerprint,
+        "width": bundle.manifest.width,
+        "backbone": config.model_dump(mode="json"),
+        "runtime": runtime.model_dump(mode="json"),
+    }
+    _print_facts(facts, as_json)
+
+
+@app.command()
 def backbones(  # noqa: PLR0913, PLR0917 (each is an option)
     name: Annotated[
         str | None,
@@ -693,6 +752,25 @@ def _storage(verb: str, endpoint_url: str | None, region: str | None, anonymous:
 
     options = {"endpoint_url": endpoint_url, "region": region, "anonymous": anonymous}
     return check_recipe(StorageConfig, options, verb)
+
+
+def _network_of(
+    backbone: str, shape: Mapping[str, Any], storage: StorageConfig
+) -> tuple[BackboneConfig, RuntimeConfig, StorageConfig]:
+    """From a name, or from a recipe of `extract`, which also says how storage is reached."""
+    from engine.backbones.kinds import named_backbone
+    from engine.config import load_recipe
+    from engine.runtimes.kinds import TensorFlowRuntimeConfig
+
+    if not backbone.endswith((".yaml", ".yml")):
+        fields = {"input_size": 224} | {name: value for name, value in shape.items() if value is not None}
+        return named_backbone(backbone, fields), TensorFlowRuntimeConfig(), storage
+    if any(value is not None for value in shape.values()):
+        raise typer.BadParameter(
+            "--input-size and --resize belong to a NAME; a recipe has its block `backbone`"
+        )
+    recipe = load_recipe(_recipe_class("extract"), backbone)
+    return recipe.backbone, recipe.runtime, recipe.storage
 
 
 FINDINGS_SHOWN = 20  # of each group on a terminal

@@ -427,7 +427,13 @@ def job_of(wanted: ScoredBundle, bundle: Bundle, storage: StorageConfig) -> Bund
         bundle_uri=bundle.store.uri,
         bundle_id=bundle.id,
         table_uri=wanted.output.uri,
-        decisions=decisions_of(wanted.output, bundle.manifest.classes, storage, bundle.store.uri),
+        decisions=decisions_of(
+            wanted.output,
+            bundle.manifest.classes,
+            storage,
+            bundle.store.uri,
+            bundle.manifest.class_ids,
+        ),
     )
 
 

@@ -52,11 +52,22 @@ PACKAGE_FILE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49c
 def build(config: EfficientNetLite0Config, storage: StorageConfig) -> Backbone:
     """The backbone that the recipe describes; errors as `engine.backbones.kinds.build_backbone`."""
     network = build_lite0(config.input_size)
+    _load(network, config, storage)
+    return Backbone(config, cut_and_freeze(network, config), PIXEL_SCALING, config.architecture())
+
+
+def with_classifier(config: EfficientNetLite0Config, storage: StorageConfig) -> Any:
+    """The whole network, from scaled pixels to 1,000 logits; errors as `engine.backbones.kinds.build_backbone`."""
+    network = build_lite0(config.input_size, include_top=True)
+    _load(network, config, storage)
+    return network
+
+
+def _load(network: Any, config: EfficientNetLite0Config, storage: StorageConfig) -> None:
     if config.weights == "package":
         load_package_weights(network)
     else:
         load_as_stated(network, config, storage)
-    return Backbone(config, cut_and_freeze(network, config), PIXEL_SCALING, config.architecture())
 
 
 def build_lite0(input_size: int, include_top: bool = False) -> Any:

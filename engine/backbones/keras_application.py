@@ -45,6 +45,16 @@ def build(config: KerasApplicationConfig, storage: StorageConfig) -> Backbone:
     )
 
 
+def with_classifier(config: KerasApplicationConfig, storage: StorageConfig) -> Any:
+    """The whole network, from scaled pixels to the probabilities of 1,000 classes: at the recipe's input size, or at
+    its own where its weights are for that only. Errors as `engine.backbones.kinds.build_backbone`."""
+    if config.weights == "imagenet":
+        return _with_imagenet_weights(config, include_top=True)
+    network = _with_keras_random_weights(config, include_top=True)
+    load_as_stated(network, config, storage)
+    return network
+
+
 def network_names() -> list[str]:
     """Every network of the installed keras.applications, in alphabetical order."""
     applications = require_keras().applications
@@ -76,10 +86,10 @@ def _constructor(name: str) -> Callable[..., Any]:
     return constructor
 
 
-def _with_keras_random_weights(config: KerasApplicationConfig) -> Any:
+def _with_keras_random_weights(config: KerasApplicationConfig, include_top: bool = False) -> Any:
     constructor, size = _constructor(config.name), config.input_size
     try:
-        return _called(constructor, config, weights=None)
+        return _called(constructor, config, None, include_top)
     except ValueError as error:  # how Keras refuses a size: at once, or when a layer's output would be empty
         raise RecipeError(
             f"backbone.input_size: {config.name} cannot take {size} x {size} pixels",
@@ -93,11 +103,11 @@ def _allowed_size(complaint: str) -> str:
     return f"at least {match[1]}" if match else f"a larger size (Keras: {' '.join(complaint.split())[:200]})"
 
 
-def _with_imagenet_weights(config: KerasApplicationConfig) -> Any:
+def _with_imagenet_weights(config: KerasApplicationConfig, include_top: bool = False) -> Any:
     constructor = _constructor(config.name)
     try:
         with once_per_node(f"imagenet-{config.name}-{config.input_size}"):
-            return _called(constructor, config, weights="imagenet")
+            return _called(constructor, config, "imagenet", include_top)
     except (
         Exception
     ) as error:  # a failed download is a bare Exception: keras/src/utils/file_utils.py, get_file
@@ -105,17 +115,19 @@ def _with_imagenet_weights(config: KerasApplicationConfig) -> Any:
         raise _no_imagenet_weights(config, error) from error
 
 
-def _called(constructor: Callable[..., Any], config: KerasApplicationConfig, weights: str | None) -> Any:
+def _called(
+    constructor: Callable[..., Any], config: KerasApplicationConfig, weights: str | None, include_top: bool
+) -> Any:
     shape = (config.input_size, config.input_size, 3)
     with warnings.catch_warnings(), python_random_kept():
         # MobileNets have ImageNet weights per size and say when they take those of 224.
         warnings.filterwarnings("ignore", message="`input_shape` is undefined or non-square")
-        return constructor(
-            include_top=False,
-            weights=weights,
-            input_shape=shape,
-            pooling=config.pooling,
-        )
+        if not include_top:
+            return constructor(include_top=False, weights=weights, input_shape=shape, pooling=config.pooling)
+        try:
+            return constructor(include_top=True, weights=weights, input_shape=shape)
+        except ValueError:  # most have a classifier for one size only, though it does not hang on the size
+            return constructor(include_top=True, weights=weights)
 
 
 def _no_imagenet_weights(config: KerasApplicationConfig, error: Exception) -> WeightsError:

@@ -261,6 +261,23 @@ def backbone_names() -> list[str]:
     return ["efficientnet_lite0", *network_names()]
 
 
+def named_backbone(name: str, fields: Mapping[str, Any]) -> BackboneConfig:
+    """The network of one of `backbone_names()`, with its ImageNet weights.
+
+    Args:
+        fields: the rest of its block in a recipe.
+
+    Raises:
+        RecipeError: no such network, or a field that it has not got.
+    """
+    if name == "efficientnet_lite0":
+        return check_recipe(EfficientNetLite0Config, fields, origin=name)
+    known = backbone_names()
+    if name not in known:
+        raise unknown_name("no such network", name, known)
+    return check_recipe(KerasApplicationConfig, {**fields, "name": name}, origin=name)
+
+
 def describe_backbone(
     name: str,
     input_size: int = 224,

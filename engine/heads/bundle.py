@@ -86,6 +86,8 @@ class Manifest(Config):
     """What the head answers: one class for each row, or any number of them."""
     classes: tuple[str, ...] = Field(min_length=1)
     """Names of the classes in the order of the logits, sorted by code point."""
+    class_ids: tuple[str, ...] = ()
+    """Of each class its id in the catalogue that the classes are from (WordNet's for ImageNet); none: there is none."""
     fingerprint: str
     """Of the embeddings that the head was fitted on; others are refused."""
     width: int = Field(ge=1)
@@ -113,6 +115,8 @@ class Manifest(Config):
     @model_validator(mode="after")
     def _classes_go_with_the_task(self) -> Self:
         several = self.task == "multi_label"
+        if self.class_ids and len(self.class_ids) != len(self.classes):
+            raise ValueError(f"class_ids: {len(self.class_ids)} for {len(self.classes)} classes")
         if len(self.classes) < 2 and not several:
             raise ValueError("classes: a single_label head tells at least two apart")
         if len(self.thresholds) != (len(self.classes) if several else 0):
@@ -134,6 +138,7 @@ class TrainedHead:
     thresholds: tuple[float, ...] = ()  # K of them for multi_label, else none
     side_features: tuple[SideFeatureConfig, ...] = ()
     side: SideEncoder | None = None  # of those
+    class_ids: tuple[str, ...] = ()  # K of them where the classes are from a catalogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +302,7 @@ def publish_bundle(  # noqa: PLR0913
     manifest = Manifest(
         task=head.task,
         classes=head.classes,
+        class_ids=head.class_ids,
         fingerprint=table_record["fingerprint"],
         width=table_record["width"],
         head=open_head(head.config).stated,
@@ -467,7 +473,7 @@ def _bundle_id(manifest: Manifest) -> str:
     fields = manifest.model_dump(mode="json", exclude={"files", "versions", "created"})
     if not manifest.calibration.entropy_exponent:
         del fields["calibration"]["entropy_exponent"]  # bundles from before there was one keep their ids
-    for name in ("thresholds", "side_features", "side_sha256"):
+    for name in ("class_ids", "thresholds", "side_features", "side_sha256"):
         if not fields[name]:
             del fields[name]
     return stable_hash(fields)[:16]

@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "estimate",
         "export",
         "gate",
+        "imagenet",
         "inspection",
         "plan",
         "review",
