@@ -9,6 +9,7 @@ the environment, so that no key leaves this machine: the cluster has its own. No
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -179,7 +180,7 @@ def follow(cluster: RayJobs, name: str, stop_on_interrupt: bool = False) -> Ende
         Interrupted: by Ctrl-C or SIGTERM here, or the job was stopped there.
         ClusterError: the cluster lost it.
     """
-    lines = _Lines()
+    lines = JobLog()
     try:
         state = cluster.follow(name, lines.add, lambda note: say(f"note: {note}"))
     except KeyboardInterrupt:
@@ -226,31 +227,30 @@ class Ended:
         return {"submission_id": self.name, "status": self.state.status, "summary": self.summary}
 
 
-class _Lines:
-    """A log that comes in pieces, printed to stderr by whole lines; the job's one line of JSON is kept instead."""
+class JobLog:
+    """A log that comes in pieces, printed to stderr by whole lines; the summary that --json prints is kept instead."""
 
     def __init__(self) -> None:
         self._rest = ""
         self.summary: dict[str, Any] | None = None
 
     def add(self, text: str) -> None:
+        """The next piece, of any length."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._print(line)
 
     def end(self) -> None:
+        """Print a last line that nothing ended."""
         if self._rest:
             self._print(self._rest)
 
     def _print(self, line: str) -> None:
-        try:
-            found = json.loads(line) if line.startswith("{") else None
-        except ValueError:
-            found = None
-        if isinstance(found, dict) and "verb" in found:
-            self.summary = found
-        else:
-            say(line)
+        if line.startswith('{"verb": '):  # lines of a log in JSON begin otherwise
+            with contextlib.suppress(ValueError):
+                self.summary = json.loads(line)
+                return
+        say(line)
 
 
 def _stopped(name: str) -> Interrupted:

@@ -17,7 +17,7 @@ from engine.config import read_document
 from engine.errors import ClusterError, RecipeError
 from jobs.cli import main
 from jobs.extract import ExtractRecipe
-from jobs.submit import Submission, connect, prepare
+from jobs.submit import JobLog, Submission, connect, prepare
 
 RECIPE = """
 source:   {kind: webdataset, uri: "s3://archive/2026/", label: cls}
@@ -87,6 +87,21 @@ def test_the_engine_itself_is_sent_where_it_is_asked_for(recipe: Path, tmp_path:
         [sys.executable, "-c", script], cwd=tmp_path / "sent", capture_output=True, text=True, check=True
     )
     assert ended.stdout.strip() == str(tmp_path / "sent" / "engine" / "__init__.py")
+
+
+def test_a_log_is_shown_by_whole_lines_and_the_summary_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    log = JobLog()
+    summary = '{"verb": "extract", "rows": 17}'
+    for piece in (
+        'one\n{"time": "12:00", "verb": "extract", "mess',
+        'age": "two"}\n',
+        summary[:9],
+        summary[9:],
+    ):
+        log.add(piece)
+    log.end()
+    assert capsys.readouterr().err == 'one\n{"time": "12:00", "verb": "extract", "message": "two"}\n'
+    assert log.summary == {"verb": "extract", "rows": 17}
 
 
 @pytest.mark.parametrize(
