@@ -139,7 +139,8 @@ def pods_for(verb: str, recipe: Any, wish: Wish, *, is_reachable: bool) -> PodPl
         extraction = recipe if verb == "extract" else recipe.extraction()
         needs, tasks = extract.demand(extraction, is_reachable=is_reachable)
         most = (wish.workers + wish.gpu_pods) * wish.cpus
-        return extraction_pods(wish, recipe.compute, needs, tasks(most) if tasks else None)
+        pending = tasks(most) if tasks else None
+        return extraction_pods(wish, recipe.compute, needs, pending, may_be_idle=verb == "nightly")
     if verb == "score":
         parts = score.plan(recipe)["parts_pending"] if is_reachable else None
         return scoring_pods(wish, parts)

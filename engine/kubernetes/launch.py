@@ -23,10 +23,10 @@ from engine.errors import (
     RecipeError,
 )
 from engine.kubernetes.api import RayJobs, TryAgain
+from engine.kubernetes.manifest import MAX_NAME_LENGTH
 
 RUN_LABEL = "image-feature-engine/run"
 TEMPLATE_LABEL = "image-feature-engine/template"
-MAX_NAME_LENGTH = 47  # of a RayJob (KubeRay's MaxRayJobNameLength)
 ENDED = ("Complete", "Failed", "ValidationFailed")
 # ray/dashboard/modules/job/job_supervisor.py of Ray 2.60; KubeRay hands it on as status.message, and nothing else that
 # has the code.

@@ -7,7 +7,7 @@ itself goes by when it runs in these pods.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.errors import ClusterError, RecipeError
 from engine.recipes import ActorRange, Compute
@@ -117,12 +117,15 @@ def machines_of(groups: tuple[PodGroup, ...]) -> Machines:
     )
 
 
-def extraction_pods(wish: Wish, compute: Compute, needs: Footprint, read_tasks: int | None) -> PodPlan:
+def extraction_pods(
+    wish: Wish, compute: Compute, needs: Footprint, read_tasks: int | None, *, may_be_idle: bool = False
+) -> PodPlan:
     """Pods for an extraction: readers on cores of all pods; an actor for each GPU, else for each pod.
 
     Args:
         compute: of the recipe; what it says is kept.
         read_tasks: there are to do; None: nobody has looked, and there are as many as there are cores for.
+        may_be_idle: often there is nothing to do, as on most nights: GPUs come when an actor asks for one.
 
     Raises:
         RecipeError: GPUs, actors and pods do not go together.
@@ -150,12 +153,13 @@ def extraction_pods(wish: Wish, compute: Compute, needs: Footprint, read_tasks: 
         pods = min(pods, max(1, wanted))
     readers_alone = wish.cpus if gpus_per_actor else readers_each
     held = _held(needs, 0 if gpus_per_actor else actors_each, readers_alone, False)
-    groups = [_group(wish, WORKER, pods, 0, held)]
+    # Actors are laid out on the pods that there are when the job starts: without GPUs these are all from the beginning,
+    # or the first would hold every actor.
+    groups = [_group(wish, WORKER, 1 if gpus_per_actor else pods, pods, 0, held)]
     if gpus_per_actor:
         held = _held(needs, actors_each, readers_each, True)
-        gpu = _group(wish, GPU, wish.gpu_pods, wish.gpus_per_pod, held)
-        # None until an actor asks for one: a night in which nothing is new takes no GPU.
-        groups.append(replace(gpu, at_least=0))
+        at_least = 0 if may_be_idle else wish.gpu_pods
+        groups.append(_group(wish, GPU, at_least, wish.gpu_pods, wish.gpus_per_pod, held))
     actors = _actors(compute, wish.gpu_pods * actors_each if gpus_per_actor else pods * actors_each)
     readers = (
         compute.decode_tasks or pods * readers_alone + bool(gpus_per_actor) * wish.gpu_pods * readers_each
@@ -211,7 +215,7 @@ def _held(needs: Footprint, actors: int, readers: int, with_writers: bool) -> _H
     return _Held(fixed + needs.reader_at_least, fixed + readers * needs.reader + spare, in_flight)
 
 
-def _group(wish: Wish, name: str, at_most: int, gpus: int, held: _Held) -> PodGroup:
+def _group(wish: Wish, name: str, at_least: int, at_most: int, gpus: int, held: _Held) -> PodGroup:
     store = max(GIB, _whole(held.in_flight))
     memory = _whole(held.memory) if wish.memory is None else _left(wish.memory, store)
     if memory < held.at_least:
@@ -221,7 +225,7 @@ def _group(wish: Wish, name: str, at_most: int, gpus: int, held: _Held) -> PodGr
             wanted=f"{held.at_least / GIB:.1f} GiB for its actors and one reader",
             way_out="give more, or leave it out",
         )
-    return PodGroup(name, 1, at_most, wish.cpus, gpus, memory, store, wish.scratch)
+    return PodGroup(name, at_least, at_most, wish.cpus, gpus, memory, store, wish.scratch)
 
 
 def _left(memory: int, store: int) -> int:
@@ -269,13 +273,12 @@ def training_pods(wish: Wish, strategy: AnyStrategyConfig, *, with_readers: bool
             found=f"{each} in each pod",
             way_out="give more --gpus, or lower it",
         )
-    default = _default_group(wish, WORKER, 1, 0)
     if wish.gpus:
         trained = _default_group(wish, GPU, trainers, each, fixed=True)
         beside = _default_group(wish, WORKER, wish.workers if with_readers else 1, 0)
         return PodPlan((beside, trained))
     if trainers == 1:
-        return PodPlan((_default_group(wish, WORKER, wish.workers, 0) if with_readers else default,))
+        return PodPlan((_default_group(wish, WORKER, wish.workers if with_readers else 1, 0),))
     # One more than there are workers: Ray Train's own controller and the readers need a place, too.
     return PodPlan((_default_group(wish, WORKER, trainers + 1, 0, fixed=True),))
 

@@ -14,6 +14,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,20 @@ DOCKERFILE = (ROOT / "k8s/Dockerfile").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place() -> Iterator[Path]:
+    """A folder that others may enter; pytest's own are its user's alone, and every session sees to that."""
+    with tempfile.TemporaryDirectory(prefix="engine-image-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def tree(place: Path) -> Path:
     """/opt/engine of the image."""
-    made = tmp_path_factory.mktemp("image") / "opt-engine"
+    made = place / "opt-engine"
     venv = Path(sys.executable).parent.parent
     command = [str(ROOT / "k8s/build_tree.sh"), "cpu", str(made), "--reuse", str(venv)]
     subprocess.run(command, check=True, env=without_our_sources() | {"PYTHON": python_for_all()})
-    for folder in [made, *made.parents][:3]:  # pytest's own are its user's alone
-        folder.chmod(0o755)
     return made
 
 
@@ -48,19 +56,16 @@ def without_our_sources() -> dict[str, str]:
 
 
 @pytest.fixture
-def read_only_root(tree: Path, tmp_path: Path) -> list[str]:
+def read_only_root(place: Path) -> list[str]:
     """Words before a command that make it run as uid 10001 on a read-only root, with one folder to write into."""
     unshare, setpriv = shutil.which("unshare"), shutil.which("setpriv")
     if os.geteuid() != 0 or not unshare or not setpriv:
         pytest.skip("nobody but root mounts a tree read-only and gives up being root")
     if not os.access(python_for_all(), os.X_OK) or python_for_all().startswith("/root/"):
         pytest.skip(f"{sys.executable} is root's alone, and there is no other Python of its version")
-    writable = tmp_path / "writable"
+    writable = place / "writable"
     writable.mkdir()
     writable.chmod(0o777)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
-    tmp_path.chmod(0o755)
     script = (
         f"mount --bind {writable} {writable} && mount -o remount,bind,ro / && cd {writable} && "
         "exec setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all "
@@ -78,7 +83,7 @@ def test_the_tree_has_the_commands_of_the_manifests(tree: Path) -> None:
     environment = without_our_sources() | {"PATH": f"{tree}/bin:/usr/bin:/bin"}
     for words in (["engine", "launch", "--help"], ["ray", "--version"]):
         ended = subprocess.run(
-            words, capture_output=True, text=True, env=environment, cwd="/", check=False, timeout=120
+            words, capture_output=True, text=True, env=environment, cwd="/", check=False, timeout=240
         )
         assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip() == f"ray, version {importlib.metadata.version('ray')}"
@@ -114,7 +119,7 @@ def test_a_command_runs_as_nobody_special_with_a_read_only_root(
         str(ROOT / "jobs/recipes/extract_bucket.yaml"),
     ]
     command += ["--image", "image-feature-engine:0.1.0", "--offline"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert ended.returncode == 0, ended.stderr
     assert "kind: RayJob" in ended.stdout
     touched = subprocess.run(

@@ -66,13 +66,12 @@ def when_created(server: ApiServer, *statuses: dict[str, str]) -> threading.Thre
 
     def work() -> None:
         for attempt, status in enumerate(statuses, 1):
-            deadline = time.monotonic() + 20
-            while f"{RUN}-{attempt}" not in server.jobs and time.monotonic() < deadline:
-                time.sleep(0.01)
-            job = server.jobs[f"{RUN}-{attempt}"]
-            job["status"] = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
-            time.sleep(0.05)
-            job["status"] = status
+            name = f"{RUN}-{attempt}"
+            wait_for(lambda name=name: name in server.jobs)
+            server.jobs[name]["status"] = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
+            seen = server.asked.count(f"GET {name}")
+            wait_for(lambda name=name, seen=seen: server.asked.count(f"GET {name}") > seen + 1)
+            server.jobs[name]["status"] = status
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

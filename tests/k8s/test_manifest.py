@@ -98,7 +98,7 @@ def test_pods_are_as_many_as_the_archive_has_work_for(
     for cpus, pods in ((2, 5), (3, 3), (8, 1)):
         made = manifests(capsys, "extract", recipe, "--workers", 9, "--cpus", cpus)
         (group,) = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-        assert (group["minReplicas"], group["maxReplicas"]) == (1, pods)
+        assert (group["minReplicas"], group["maxReplicas"]) == (pods, pods)
         assert made["RayJob"]["spec"]["entrypoint"].endswith("compute.decode_tasks=5")
     assert not (tmp_path / "table").exists()
 

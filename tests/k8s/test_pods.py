@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.errors import ClusterError, RecipeError
@@ -25,7 +27,7 @@ NEEDS = Footprint(part=60 * MIB, reader=2 * GIB, reader_at_least=GIB, actor=3 * 
 def test_without_gpus_each_pod_has_an_actor_beside_readers() -> None:
     plan = extraction_pods(Wish(cpus=8, workers=3), Compute(), NEEDS, None)
     (group,) = plan.groups
-    assert (group.name, group.at_least, group.at_most, group.cpus, group.gpus) == ("cpu", 1, 3, 8, 0)
+    assert (group.name, group.at_least, group.at_most, group.cpus, group.gpus) == ("cpu", 3, 3, 8, 0)
     assert group.memory == (3 + 7 * 2 + 2) * GIB  # an actor, readers, and room for one more process
     assert group.object_store == (2 + 4 * 7 + 4) * 60 * MIB
     assert group.limit == group.memory + group.object_store + 256 * MIB + GIB
@@ -41,7 +43,7 @@ def test_with_gpus_each_pod_of_theirs_has_an_actor_for_each_gpu() -> None:
     plan = extraction_pods(Wish(cpus=16, workers=5, gpus=6, gpus_per_pod=2), Compute(), NEEDS, None)
     cpu, gpu = plan.groups
     assert (cpu.at_least, cpu.at_most, cpu.gpus) == (1, 5, 0)
-    assert (gpu.at_least, gpu.at_most, gpu.gpus) == (0, 3, 2)
+    assert (gpu.at_least, gpu.at_most, gpu.gpus) == (3, 3, 2)
     assert gpu.memory - 2 * GIB == 2 * 3 * GIB + 477 * MIB + 14 * 2 * GIB  # 250 MB for each writer
     assert plan.settings == {
         "compute.gpus_per_actor": 1,
@@ -49,6 +51,20 @@ def test_with_gpus_each_pod_of_theirs_has_an_actor_for_each_gpu() -> None:
         "compute.actors.max": 6,
         "compute.decode_tasks": 5 * 16 + 3 * 14,
     }
+
+
+def test_a_night_takes_gpus_only_when_an_actor_asks_for_one() -> None:
+    cpu, gpu = extraction_pods(Wish(gpus=2), Compute(), NEEDS, None, may_be_idle=True).groups
+    assert (cpu.at_least, gpu.at_least, gpu.at_most) == (1, 0, 2)
+
+
+def test_actors_without_gpus_are_one_on_each_pod_with_all_its_cores() -> None:
+    """As the job lays them out on the pods that it finds at its start."""
+    plan = extraction_pods(Wish(cpus=8, workers=3), Compute(), NEEDS, None)
+    compute = Compute(actors={"min": 1, "max": 3}, decode_tasks=21)  # type: ignore[arg-type]
+    at_start = tuple(replace(group, at_most=group.at_least) for group in plan.groups)
+    sizing = size_up(compute, machines_of(at_start), NEEDS)
+    assert (sizing.start_actors, sizing.embed_threads) == (3, 8)
 
 
 def test_what_the_recipe_says_is_kept() -> None:
