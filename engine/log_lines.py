@@ -112,10 +112,13 @@ class _LineHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields = {"logger": record.name}
-        if record.exc_info:
-            fields["traceback"] = logging.Formatter().formatException(record.exc_info)
-        self._log.tell(record.levelno, record.getMessage().strip(), **fields)
+        try:
+            fields = {"logger": record.name}
+            if record.exc_info:
+                fields["traceback"] = logging.Formatter().formatException(record.exc_info)
+            self._log.tell(record.levelno, record.getMessage().strip(), **fields)
+        except Exception:  # noqa: BLE001 (as Python's own handlers: a bad log call must not end a run)
+            self.handleError(record)
 
 
 def _tell_what_it_dies_of(

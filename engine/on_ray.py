@@ -108,7 +108,9 @@ def ray_session(
     address = address or os.environ.get("RAY_ADDRESS")
     _quieten()
     require_answer(address)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **_worker_logs()}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not (address or "").startswith("ray://"):  # Ray's client cannot send the hook (2.60)
+        common |= _worker_logs()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -24,10 +25,14 @@ from jobs.fit import measure_epoch
 from jobs.outcome import Outcome, Run, progress_bar, say
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from engine.extraction import ExtractJob
     from engine.sizing import Machines, WorkerShare
     from engine.storage import Store
     from engine.worklist import WorkList
+
+TOLD_S = 60.0  # how often a worker says that images are still being read
 
 
 class BundleInput(Config):
@@ -206,10 +211,16 @@ def finetune_on_worker(
     groups = read_tasks(_works_of_workers(recipe, works)[workers.rank], readers)
     shards = [work.shard.path for work in works]
     could_be_split = workers.count > 1 and not is_split
+    reading = {"phase": "reading", "epoch": 0, "epochs": recipe.training.epochs}
     with (
         contextlib.closing(run_read(_job(recipe), groups, readers)) as rows,
         warnings_of("engine.training", "engine.finetuning") as notes,
-        collect_images(rows, shards, recipe.backbone.input_size, could_be_split=could_be_split) as collected,
+        collect_images(
+            _told(rows, lambda: report(reading)),
+            shards,
+            recipe.backbone.input_size,
+            could_be_split=could_be_split,
+        ) as collected,
     ):
         found = finetune_backbone(
             strategy,
@@ -224,6 +235,16 @@ def finetune_on_worker(
         return None
     summary, comparison = found
     return {"summary": dict(summary), "notes": notes, "told": comparison.in_words()}
+
+
+def _told(rows: Iterator[pa.Table], tell: Callable[[], None]) -> Iterator[pa.Table]:
+    """The rows; now and then it is told that they still come: a large archive is decoded for hours."""
+    last = time.monotonic()
+    for row in rows:
+        if time.monotonic() - last > TOLD_S:
+            tell()
+            last = time.monotonic()
+        yield row
 
 
 def _works_of_workers(recipe: FinetuneRecipe, works: WorkList) -> list[WorkList]:

@@ -69,7 +69,7 @@ def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[
             raise
         finally:
             _keep(stores, _record(verb, run_id, began, ended, outcome))
-            _count_end(metrics, ended)
+            _count_end(metrics, ended, has_judged=outcome is not None)
             if not isinstance(ended, ClusterError):  # then there is nobody to tell
                 _connect(run, job.cluster_address(recipe))
     return outcome
@@ -94,12 +94,13 @@ def _connect(run: Run, address: str | None) -> None:
         say(f"how the run ended is not in the metrics: {error.thing}", logging.WARNING)
 
 
-def _count_end(metrics: RunMetrics, ended: BaseException | None) -> None:
+def _count_end(metrics: RunMetrics, ended: BaseException | None, has_judged: bool) -> None:
+    """What is judged has an outcome; who was refused at the door with the same exit code has none."""
     code, now = exit_code_of(ended), time.time()
     error = "none" if ended is None else type(ended).__name__
     metrics.count(run_metrics.RUNS, outcome=OUTCOMES[code], error=error)
     metrics.set(run_metrics.IN_PROGRESS, 0)
-    if code in (EXIT_DONE, EXIT_JUDGED):
+    if code == EXIT_DONE or (code == EXIT_JUDGED and has_judged):
         metrics.set(run_metrics.LAST_FINISHED, now)
     if code == EXIT_DONE:
         metrics.set(run_metrics.LAST_SUCCESS, now)

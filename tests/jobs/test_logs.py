@@ -68,6 +68,13 @@ def test_every_line_is_json_whoever_printed_it(repository: Path) -> None:
     assert (progress["progress"], progress["done"], progress["of"]) == ("shards", 1, 7)
 
 
+def test_a_librarys_bad_log_call_ends_nothing(repository: Path) -> None:
+    body = '    logging.getLogger("library").error("%d", "not a number")\n    print("on")\n'
+    code, stdout, lines = run(repository, body)
+    assert (code, stdout) == (0, "on\n")
+    assert any("Logging error" in line["message"] for line in lines)
+
+
 @pytest.mark.parametrize(
     ("end", "code"), [("os._exit(7)", 7), ("os.kill(os.getpid(), 9)", -9)], ids=["_exit", "SIGKILL"]
 )

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from engine.errors import NotBetter, RecipeError, ShardsFailed
+from engine.errors import HeldBack, NotBetter, RecipeError, ShardsFailed
+from engine.run_metrics import RunMetrics
 from engine.storage import Store, open_store
 from jobs.outcome import Outcome, Run
-from jobs.watched import run_watched
+from jobs.watched import _count_end, run_watched
 
 RUN_ID = "extract-20260101T000000Z-0a1b"
 
@@ -88,6 +89,15 @@ def test_a_run_that_broke_is_kept_where_there_is_a_table(
     record = kept(table)
     assert (record["exit_code"], record["outcome"], record["error"]["kind"]) == (code, outcome, kind)
     assert record["summary"] is None and record["error"]["thing"]
+
+
+def test_who_is_refused_at_the_door_has_judged_nothing(table: Store) -> None:
+    """Held parts make `score` leave with the exit code of a verdict: no night has come to its end by that."""
+    metrics = RunMetrics("score")
+    _count_end(metrics, HeldBack("parts"), has_judged=False)
+    assert "engine_last_finished_timestamp_seconds" not in {one.metric.name for one in metrics.changes()}
+    _count_end(metrics, HeldBack("parts"), has_judged=True)
+    assert "engine_last_finished_timestamp_seconds" in {one.metric.name for one in metrics.changes()}
 
 
 def test_a_recipe_that_is_refused_leaves_no_trace(table: Store) -> None:
