@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -197,10 +198,14 @@ def contents(folder: Path, but: Path) -> dict[str, object]:
 def assert_only_known_files(table: Path) -> None:
     for path in table.rglob("*"):
         name = str(path.relative_to(table))
-        known = name in ("_table.json", "data", "rejects") or (
-            path.parent.name in ("data", "rejects")
-            and path.parent.parent == table
-            and parse_part_name(name) is not None
+        known = (
+            name in ("_table.json", "data", "rejects", "runs")
+            or (
+                path.parent.name in ("data", "rejects")
+                and path.parent.parent == table
+                and parse_part_name(name) is not None
+            )
+            or re.fullmatch(r"runs/extract-\d{8}T\d{6}Z-[0-9a-f]{4}\.json", name) is not None
         )
         assert known and not path.is_symlink(), name
 
