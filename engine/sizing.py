@@ -28,6 +28,8 @@ READER_BASE_BYTES = 250 * MB  # the process, its libraries and its buffers
 WRITER_BYTES = 250 * MB
 ACTOR_BYTES = 1_500 * MB  # where the table does not say yet what its network takes
 ACTOR_HEADROOM = 1.25  # over the peak that the resolve task saw while it loaded and warmed up
+# A knn head whose file had 413 MB took 2,424 MB while Keras loaded it, and 1,249 from then on (Keras 3.15, 2026-11-23).
+HEAD_COPIES = 6
 DECODE_BYTES_PER_PIXEL = 8  # of the whole image, at the peak of decoding and fitting it
 
 
@@ -83,7 +85,7 @@ class Footprint:
         part: pixels of one full part.
         reader: a process that reads and decodes; an image of `limits.max_pixels` included.
         reader_at_least: the same with no image above LARGE_IMAGE_PIXELS: what most archives need.
-        actor: a process that holds the backbone.
+        actor: a process that holds the backbone, and the heads that label behind it.
     """
 
     part: int
@@ -93,13 +95,19 @@ class Footprint:
 
 
 def footprint(
-    compute: Compute, limits: Limits, rows_per_part: int, input_size: int, actor_peak: int | None
+    compute: Compute,
+    limits: Limits,
+    rows_per_part: int,
+    input_size: int,
+    actor_peak: int | None,
+    head_bytes: int = 0,
 ) -> Footprint:
     """Estimate, or take what the recipe says.
 
     Args:
         input_size: pixels, side of the network's input.
-        actor_peak: bytes that an actor was seen to take; None: not known yet.
+        actor_peak: bytes that an actor was seen to take, before any head; None: not known yet.
+        head_bytes: of the files of the heads that each actor loads besides.
     """
     part = rows_per_part * input_size**2 * 3
     image = min(limits.max_pixels, LARGE_IMAGE_PIXELS) * DECODE_BYTES_PER_PIXEL
@@ -108,6 +116,7 @@ def footprint(
     others = READER_BASE_BYTES + 2 * part + (decode_threads(compute) - 1) * image + ENCODED_AHEAD_BYTES
     reader = others + large_image + limits.max_sample_bytes
     actor = math.ceil(actor_peak * ACTOR_HEADROOM) if actor_peak is not None else ACTOR_BYTES
+    actor += HEAD_COPIES * head_bytes
     return Footprint(
         part=part,
         reader=compute.memory_per_reader or reader,

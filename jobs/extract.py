@@ -79,11 +79,13 @@ class Labels:
         made_with: `_table.json` of the embeddings that the bundles were fitted on: the network must be that one.
         records: of each bundle what its table's record says: all of it where embeddings are kept, else what it says
             besides how they were made.
+        head_bytes: of the bundles' files that an actor loads to answer with.
     """
 
     job: LabelJob
     made_with: Record
     records: tuple[Record, ...]
+    head_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,7 @@ def run_pass(
     if prune:
         check_prune(pending, prune_up_to)
     totals, here, record = RunTotals(), machines_here(), any_of(records)
-    sizing, machines = _sizing(recipe, record, here), here
+    sizing, machines = _sizing(work, record, here), here
     totals.start(pending.works)
     if pending.works and not joins_cluster(recipe.compute.address):
         _require_room(sizing, here, can_grow=False)
@@ -279,7 +281,7 @@ def _extract(
     archive = _archive(recipe, pending)
     with contextlib.ExitStack() as stack:
         setup: Answer
-        sizing = _sizing(recipe, record, here)
+        sizing = _sizing(work, record, here)
         if not in_cluster:  # on this machine: it loads the network while Ray starts
             setup = stack.enter_context(beside(settle_tables, work, archive, sizing, here, False))
         # Only now: importing Ray takes seconds in which the network is already being loaded.
@@ -288,7 +290,7 @@ def _extract(
         cpus = max(sizing.cpus_reserved, here.cpus)
         stack.enter_context(ray_session(recipe.compute.address, cpus, told.run.metrics, told.run.ends))
         machines = machines_of_cluster()
-        sizing = _sizing(recipe, record, machines)
+        sizing = _sizing(work, record, machines)
         _require_room(sizing, machines, in_cluster)
         if (
             in_cluster
@@ -304,7 +306,7 @@ def _extract(
                 num_gpus=sizing.actor_gpus,
             )
             record = _record_of(work)
-            sizing = _sizing(recipe, record, machines)  # what an actor takes is known now
+            sizing = _sizing(work, record, machines)  # what an actor takes is known now
             _require_room(sizing, machines, in_cluster)
         groups = read_tasks(pending.works, sizing.decode_tasks)
         if groups:
@@ -346,7 +348,7 @@ def settle_tables(
     if work.labels is not None:
         resolution = _as_fitted_on(work.labels.made_with, resolution)
     if record is None or None in records or not same_backbone:
-        _require_actor_room(recipe, record, resolution, machines, can_grow)
+        _require_actor_room(work, record, resolution, machines, can_grow)
         record = _claim(work, record, resolution)
     if work.labels is not None and work.labels.job.keeps_embeddings:
         _claim_beside_embeddings(work, work.labels)
@@ -381,7 +383,7 @@ def _names_same_backbone(recipe: ImageRecipe, record: Record) -> bool:
 
 
 def _require_actor_room(
-    recipe: ImageRecipe,
+    work: ImagePass,
     record: Record | None,
     resolution: Resolution,
     machines: Machines,
@@ -390,7 +392,7 @@ def _require_actor_room(
     """Refuse a network that was seen to take more than these machines have."""
     from engine.sizing import check_room
 
-    check_room(_layout(recipe, record, resolution.peak_bytes, machines), machines, in_cluster)
+    check_room(_layout(work, record, resolution.peak_bytes, machines), machines, in_cluster)
 
 
 def _runtime(recipe: ImageRecipe, record: Record | None) -> RuntimeConfig:
@@ -456,7 +458,7 @@ def plan_pass(
     if prune:
         check_prune(pending, prune_up_to)
     machines, record = machines_here(), any_of(records)
-    sizing = _sizing(recipe, record, machines)
+    sizing = _sizing(work, record, machines)
     if not joins_cluster(recipe.compute.address):
         _require_room(sizing, machines, can_grow=False)
     groups = read_tasks(pending.works, sizing.decode_tasks)
@@ -487,25 +489,39 @@ def plan_pass(
     }
 
 
-def demand(recipe: ExtractRecipe, *, is_reachable: bool) -> tuple[Footprint, Callable[[int], int] | None]:
-    """For those who make room for a run: what its processes take, and how many read tasks there are for so many
-    readers at once.
+Demand = tuple["Footprint", "Callable[[int], int] | None"]
+"""What the processes of a run take, and how many read tasks there are for so many readers at once; None: nobody has
+looked."""
+
+
+def demand(recipe: ExtractRecipe, *, is_reachable: bool) -> Demand:
+    """For those who make room for a run.
 
     Args:
         is_reachable: look at the archive and at the table; else sizes are the recipe's, and the tasks None.
     """
-    from engine.plan import read_tasks
-    from engine.sizing import Machines
+    return demand_of_pass(_pass_of(recipe)) if is_reachable else demand_of_recipe(recipe)
 
-    anywhere = Machines.of_one_node(cpus=1, gpus=0, memory=math.inf, object_store=math.inf)
-    if not is_reachable:
-        return _layout(recipe, None, None, anywhere).footprint, None
-    work = _pass_of(recipe)
+
+def demand_of_pass(work: ImagePass) -> Demand:
+    """From a look at the archive and at the tables."""
+    from engine.plan import read_tasks
+
     _, records, pending = _look(work, replay_rejects=False, since=None)
     _announce(work, pending, prune=False)
-    return _sizing(recipe, any_of(records), anywhere).footprint, lambda readers: len(
-        read_tasks(pending.works, readers)
-    )
+    needs = _sizing(work, any_of(records), _anywhere()).footprint
+    return needs, lambda readers: len(read_tasks(pending.works, readers))
+
+
+def demand_of_recipe(recipe: ImageRecipe) -> Demand:
+    """From the recipe alone, without heads."""
+    return _layout(ImagePass("plan", recipe, ()), None, None, _anywhere()).footprint, None
+
+
+def _anywhere() -> Machines:
+    from engine.sizing import Machines
+
+    return Machines.of_one_node(cpus=1, gpus=0, memory=math.inf, object_store=math.inf)
 
 
 def _look(
@@ -578,18 +594,21 @@ def _announce(work: ImagePass, pending: PendingShards, prune: bool) -> None:
         say(f"{len(pending.removed):,} shards of the table are no longer in the source; their parts {fate}")
 
 
-def _sizing(recipe: ImageRecipe, record: Record | None, machines: Machines) -> Sizing:
+def _sizing(work: ImagePass, record: Record | None, machines: Machines) -> Sizing:
     """The layout on these machines; what an actor takes is known once the table's record says it."""
+    recipe = work.recipe
     is_known = record is not None and record["runtime"] == _runtime(recipe, record).model_dump(mode="json")
     actor_peak = record.get("actor_peak_bytes") if record is not None and is_known else None
-    return _layout(recipe, record, actor_peak, machines)
+    return _layout(work, record, actor_peak, machines)
 
 
-def _layout(recipe: ImageRecipe, record: Record | None, actor_peak: int | None, machines: Machines) -> Sizing:
+def _layout(work: ImagePass, record: Record | None, actor_peak: int | None, machines: Machines) -> Sizing:
     from engine.sizing import footprint, size_up
 
+    recipe, heads = work.recipe, 0 if work.labels is None else work.labels.head_bytes
     rows, side = rows_per_part_of(recipe, record), recipe.backbone.input_size
-    return size_up(recipe.compute, machines, footprint(recipe.compute, recipe.limits, rows, side, actor_peak))
+    needs = footprint(recipe.compute, recipe.limits, rows, side, actor_peak, heads)
+    return size_up(recipe.compute, machines, needs)
 
 
 def _require_room(sizing: Sizing, machines: Machines, can_grow: bool) -> None:

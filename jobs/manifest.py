@@ -133,11 +133,14 @@ def _uris(node: Any) -> Iterator[str]:
 def pods_for(verb: str, recipe: Any, wish: Wish, *, is_reachable: bool) -> PodPlan:
     """The pods of one job, by what its verb does."""
     from engine.kubernetes.pods import extraction_pods, scoring_pods, training_pods
-    from jobs import extract, score
+    from jobs import extract, score, score_images
 
-    if verb in ("extract", "nightly"):
-        extraction = recipe if verb == "extract" else recipe.extraction()
-        needs, tasks = extract.demand(extraction, is_reachable=is_reachable)
+    if verb in ("extract", "nightly") or (verb == "score" and recipe.source is not None):
+        if verb == "score":
+            needs, tasks = score_images.demand(recipe, is_reachable=is_reachable)
+        else:
+            extraction = recipe if verb == "extract" else recipe.extraction()
+            needs, tasks = extract.demand(extraction, is_reachable=is_reachable)
         most = (wish.workers + wish.gpu_pods) * wish.cpus
         pending = tasks(most) if tasks else None
         return extraction_pods(wish, recipe.compute, needs, pending, may_be_idle=verb == "nightly")

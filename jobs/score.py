@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from engine import __version__, run_metrics
 from engine.backbones.kinds import BackboneConfig
@@ -83,13 +83,16 @@ class ScoreRecipe(Config):
             raise ValueError(f"{', '.join(stray)}: only with source, for embeddings are made already")
         return self
 
-    @field_validator("bundles")
-    @classmethod
-    def _tables_of_their_own(cls, bundles: tuple[ScoredBundle, ...]) -> tuple[ScoredBundle, ...]:
-        uses = Counter(bundle.output.uri for bundle in bundles)
+    @model_validator(mode="after")
+    def _tables_of_their_own(self) -> Self:
+        uses = Counter(bundle.output.uri for bundle in self.bundles)
         if shared := [uri for uri, count in uses.items() if count > 1]:
             raise ValueError(f"each bundle needs an output.uri of its own; given twice: {', '.join(shared)}")
-        return bundles
+        if self.output.uri in uses:
+            raise ValueError(
+                f"output.uri is where embeddings are kept, and cannot be a bundle's output.uri: {self.output.uri}"
+            )
+        return self
 
 
 _OF_IMAGES = ("backbone", "runtime", "output", "compute", "limits")
@@ -171,8 +174,15 @@ class Scored:
     parts_left: int
 
 
-def score_embeddings(recipe: ScoreRecipe, as_run: Run, held: bool, until: float | None) -> Scored:
-    """Score the embedding parts that have no predictions yet; arguments as of `run`."""
+def score_embeddings(
+    recipe: ScoreRecipe, as_run: Run, held: bool, until: float | None, address: str | None = None
+) -> Scored:
+    """Score the embedding parts that have no predictions yet; nothing when it is too late already.
+
+    Args:
+        as_run, held, until: as of `run`.
+        address: as of `compute`, of which a recipe that scores embeddings has none.
+    """
     from engine.predictor import BundleCounts
     from engine.tables import claim_table, sweep_predictions
 
@@ -182,7 +192,8 @@ def score_embeddings(recipe: ScoreRecipe, as_run: Run, held: bool, until: float 
     for bundle, table in zip(look.bundles, look.tables, strict=True):
         record = record_of(look.embeddings.store.uri, look.embeddings.record["fingerprint"], bundle)
         require_same(claim_table(table, record), record["contract"], table.uri)
-    receipts = _scored(recipe, look, pending, until, as_run) if pending else []
+    is_late = until is not None and time.monotonic() >= until
+    receipts = _scored(recipe, look, pending, until, as_run, address) if pending and not is_late else []
     left = len(pending) - sum(receipt.parts_read for receipt in receipts)
     for table in () if held else look.tables:
         if swept := sweep_predictions(table, lambda: wanted_now(look.embeddings.store)):
@@ -213,6 +224,7 @@ def _scored(
     pending: Sequence[PendingPart],
     until: float | None,
     run: Run,
+    address: str | None,
 ) -> list[ScoreReceipt]:
     """Spread the pending parts over scorers, one for each core."""
     from engine.on_ray import machines_of_cluster, ray_session, run_parts
@@ -231,7 +243,7 @@ def _scored(
     metrics = run.metrics
     metrics.set(run_metrics.PARTS_PENDING, len(pending))
     with (
-        ray_session(None, machines_here().cpus, metrics, run.ends),
+        ray_session(address, machines_here().cpus, metrics, run.ends),
         progress_bar("parts", len(pending)) as (bar, task),
     ):
         # Ray 2.60 sets OMP_NUM_THREADS to an actor's CPUs, so that matrix products of all scorers share the cores.

@@ -25,6 +25,8 @@ from jobs.extract import (
     Stop,
     any_of,
     contract_of_recipe,
+    demand_of_pass,
+    demand_of_recipe,
     network_contract,
     plan_pass,
     run_pass,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
     from engine.heads.bundle import Bundle
     from engine.tables import Record
+    from jobs.extract import Demand
 
 
 def run(
@@ -79,7 +82,10 @@ def run(
     totals = tuple(passed.totals.bundles.get(place, BundleCounts()) for place in range(len(jobs)))
     scored = Scored(jobs, tuple(job.table_uri for job in jobs), totals, parts_read=0, parts_left=0)
     if recipe.output.uri is not None:
-        scored = _with_rest(scored, score_embeddings(_of_kept(recipe), as_run, held=False, until=until))
+        rest = score_embeddings(
+            _of_kept(recipe), as_run, held=False, until=until, address=recipe.compute.address
+        )
+        scored = _with_rest(scored, rest)
     summary = summary_of(as_run.run_id, scored, time.monotonic() - started)
     kept = {"embeddings": recipe.output.uri, "parts_left": scored.parts_left, "images": passed.summary}
     return Outcome({**summary, **kept}, passed.verdict)
@@ -100,6 +106,34 @@ def plan(recipe: ScoreRecipe, prune: bool, prune_up_to: int | None, replay_rejec
         **found,
         "parts_to_score_from_embeddings": pending_embeddings(_of_kept(recipe)) if is_begun else 0,
     }
+
+
+def demand(recipe: ScoreRecipe, *, is_reachable: bool) -> Demand:
+    """For those who make room for a run.
+
+    Args:
+        is_reachable: look at the archive, the bundles and the tables; else sizes are the recipe's, without heads, and
+            the tasks None.
+
+    Raises:
+        RecipeError: nobody may look, and the recipe does not say which network it is.
+    """
+    if is_reachable:
+        return demand_of_pass(_pass_of(recipe))
+    if recipe.backbone is None:
+        raise RecipeError(
+            "--offline: how large the images of the bundles' network are stands in the bundles",
+            way_out="leave --offline out, or give the network as `backbone` in the recipe",
+        )
+    assert recipe.source is not None
+    images = ImageRecipe(
+        source=recipe.source,
+        backbone=recipe.backbone,
+        output=EmbeddingForm(dtype=recipe.output.dtype, rows_per_part=recipe.output.rows_per_part),
+        compute=recipe.compute,
+        limits=recipe.limits,
+    )
+    return demand_of_recipe(images)
 
 
 def _of_kept(recipe: ScoreRecipe) -> ScoreRecipe:
@@ -157,7 +191,7 @@ def _pass_with_embeddings(recipe: ScoreRecipe, bundles: Sequence[Bundle], made_w
     for table, record in zip(tables, records, strict=True):
         require_same_if_begun(table, record["contract"])
     form = EmbeddingOutput(**recipe.output.model_dump())
-    labels = Labels(LabelJob(jobs, keeps_embeddings=True), made_with, records)
+    labels = Labels(LabelJob(jobs, keeps_embeddings=True), made_with, records, _head_bytes(bundles))
     return ImagePass("score", _image_recipe(recipe, form, made_with), (embeddings_uri,), labels)
 
 
@@ -181,7 +215,7 @@ def _pass_without_embeddings(recipe: ScoreRecipe, bundles: Sequence[Bundle], mad
         }
         for job in jobs
     )
-    labels = Labels(LabelJob(tuple(jobs), keeps_embeddings=False), made_with, records)
+    labels = Labels(LabelJob(tuple(jobs), keeps_embeddings=False), made_with, records, _head_bytes(bundles))
     work = ImagePass("score", images, tables, labels)
     _require_of_images(work)
     common = contract_of_recipe(images, any_of(work.records())) | network_contract(made_with)
@@ -271,6 +305,10 @@ def _bundles(recipe: ScoreRecipe) -> list[Bundle]:
                 way_out="name them in source.metadata",
             )
     return bundles
+
+
+def _head_bytes(bundles: Sequence[Bundle]) -> int:
+    return sum(bundle.answering_bytes for bundle in bundles)
 
 
 def _made_with(bundles: Sequence[Bundle]) -> Record:

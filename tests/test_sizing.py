@@ -112,6 +112,15 @@ def test_the_largest_image_and_two_parts_are_in_the_bytes_of_a_reader() -> None:
     )
 
 
+def test_an_actor_has_room_for_its_heads_while_they_are_loaded() -> None:
+    def actor(head_bytes: int, compute: Compute | None = None) -> int:
+        return footprint(compute or Compute(), Limits(), 100, 100, 10**9, head_bytes).actor
+
+    assert actor(0) == 1_250_000_000
+    assert actor(5_120_000_000) == 31_970_000_000  # a million rows of 1,280 numbers, six times
+    assert actor(5_120_000_000, Compute(memory_per_actor=7 * GB)) == 7 * GB
+
+
 def layout(compute: Compute, machines: Machines) -> Sizing:
     return size_up(compute, machines, NEEDS)
 

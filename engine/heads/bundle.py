@@ -224,6 +224,14 @@ class Bundle:
 
         return SideEncoder.from_bytes(self.manifest.side_features, self.read("feature_space"))
 
+    @property
+    def answering_bytes(self) -> int:
+        """Sizes of the files that answering takes: the matrix where there is one, else the network; and how columns
+        become numbers."""
+        files = self.manifest.files
+        head = next(role for role in ("matrix", "head", "weights") if role in files)
+        return sum(files[role].size_bytes for role in (head, "feature_space") if role in files)
+
     def document(self, role: Literal["metrics", "embeddings_table", "recipe", "suspects"]) -> dict[str, Any]:
         """One of the bundle's JSON files."""
         content: dict[str, Any] = json.loads(self.read(role))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,7 +17,8 @@ from engine.storage import open_store
 from jobs.cli import main
 from jobs.extract import ExtractRecipe
 from k8s import render
-from tests.flows.archives import extract_recipe, write_shards
+from tests.embedding_tables import FINGERPRINT, publish_linear
+from tests.flows.archives import extract_recipe, write_recipe, write_shards
 from tests.k8s.rendering import OVERLAYS, ROOT, of_kind, overlay
 
 IMAGE = "registry.example.org/image-feature-engine:0.1.0"
@@ -101,6 +104,55 @@ def test_pods_are_as_many_as_the_archive_has_work_for(
         assert (group["minReplicas"], group["maxReplicas"]) == (pods, pods)
         assert made["RayJob"]["spec"]["entrypoint"].endswith("compute.decode_tasks=5")
     assert not (tmp_path / "table").exists()
+
+
+BACKBONE = {"kind": "keras_application", "name": "MobileNetV2", "weights": "random", "input_size": 32}
+
+
+def recipe_of_images(folder: Path, **blocks: Any) -> Path:
+    """Scores five shards of images with a bundle of a network that takes 32 pixels; the bundle's head has 40 numbers."""
+    write_shards(open_store(str(folder / "shards")), shards=5, images=3)
+    made_with = {
+        "fingerprint": FINGERPRINT,
+        "width": 7,
+        "backbone": BACKBONE,
+        "runtime": {"kind": "tensorflow"},
+        "contract": {"runtime.precision": "float32", "fingerprint": FINGERPRINT},
+    }
+    publish_linear(folder / "bundle", np.ones((7, 5)), np.ones(5), tuple("abcde"), made_with)
+    document = {
+        "source": {"kind": "webdataset", "uri": str(folder / "shards"), "image": ["jpg"], "label": "cls"},
+        "bundles": [{"uri": str(folder / "bundle"), "output": {"uri": str(folder / "labels")}}],
+        **blocks,
+    }
+    return write_recipe(folder, "score.yaml", json.dumps(document))
+
+
+def test_scoring_straight_from_images_has_the_pods_of_an_extraction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of_images(tmp_path)
+    for cpus, pods in ((2, 5), (3, 3), (8, 1)):
+        made = manifests(capsys, "score", recipe, "--workers", 9, "--cpus", cpus)
+        (group,) = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        assert (group["minReplicas"], group["maxReplicas"]) == (1, pods)
+        assert made["RayJob"]["spec"]["entrypoint"].endswith("compute.decode_tasks=5")
+    made = manifests(capsys, "score", recipe, "--workers", 1, "--cpus", 2, "--gpus", 2)
+    groups = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [(group["groupName"], group["maxReplicas"]) for group in groups] == [("cpu", 1), ("gpu", 2)]
+    settings = shlex.split(made["RayJob"]["spec"]["entrypoint"])[5::2]
+    assert "compute.gpus_per_actor=1" in settings and "compute.actors.max=2" in settings
+    assert not (tmp_path / "labels").exists()
+
+
+def test_pods_that_score_images_unseen_want_to_know_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "score", recipe_of_images(tmp_path), "--offline", "--image", IMAGE)
+    assert "give the network as `backbone` in the recipe" in said
+    made = manifests(capsys, "score", recipe_of_images(tmp_path, backbone=BACKBONE), "--offline", "--gpus", 3)
+    groups = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [group["maxReplicas"] for group in groups] == [4, 3]
 
 
 def test_paths_of_this_machine_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
