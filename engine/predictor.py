@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.errors import TableDamaged
 from engine.heads.bundle import Bundle
 from engine.heads.confidence import sigmoid, softmax
-from engine.heads.side_features import side_columns
+from engine.heads.side_features import SideEncoder, side_columns
 from engine.schema import predictions_schema
 from engine.tables import embeddings_matrix
 
@@ -46,7 +46,7 @@ class Predictor:
     """A bundle ready to answer; what it needs is loaded once, here.
 
     Args:
-        bundle: opened. A head that is only a matrix product is computed in NumPy, any other by Keras.
+        bundle: opened. A head that is only a matrix product is computed in NumPy, any other by Keras, on the CPU.
         top_k: entries wanted; never more than there are classes.
         min_confidence: below it the label is null, or not among the labels; the candidates stay. One for all classes,
             or one for each.
@@ -68,7 +68,7 @@ class Predictor:
         thresholds = np.maximum(bundle.manifest.thresholds or 0.0, min_confidence).astype(np.float32)
         self._thresholds_K = np.broadcast_to(thresholds, len(self.classes))
         self.schema = predictions_schema(self.top_k, self._several)
-        self._side = bundle.side_encoder()
+        self._side = _side_encoder(bundle)
         self._width = bundle.manifest.width + (self._side.width if self._side else 0)
         self.columns = [*ROW_COLUMNS, *side_columns(bundle.manifest.side_features)]
         self._calibration = bundle.manifest.calibration
@@ -210,6 +210,15 @@ def _logits_function(bundle: Bundle) -> Callable[[Floats], Floats]:
     matrix = bundle.matrix()
     if matrix is not None:
         return matrix.logits
-    from engine.heads.network import compile_logits  # TensorFlow, only for heads that need it
+    from engine.heads.network import logits_on_cpu  # TensorFlow, only for heads that need it
 
-    return compile_logits(bundle.network())
+    return logits_on_cpu(bundle.network)
+
+
+def _side_encoder(bundle: Bundle) -> SideEncoder | None:
+    if not bundle.manifest.side_features:
+        return None
+    from engine.heads.network import leave_gpus_alone
+
+    leave_gpus_alone()
+    return bundle.side_encoder()

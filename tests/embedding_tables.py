@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine.heads.bundle import Bundle, TrainedHead, publish_bundle
-from engine.heads.kinds import LinearHeadConfig, build_head
+from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig, build_head
 from engine.parts import part_name
 from engine.schema import SCHEMA_VERSION, embeddings_schema, rejects_schema
 from engine.storage import Store, open_store
@@ -91,6 +91,22 @@ def publish_linear(
     return publish_bundle(
         open_store(str(folder)),
         TrainedHead(LinearHeadConfig(), network, classes, "single_label"),
+        table_record=table_record or {"fingerprint": FINGERPRINT, "width": width},
+        metrics={},
+        recipe={},
+    )
+
+
+def publish_mlp(
+    folder: Path, width: int, classes: tuple[str, ...], table_record: Mapping[str, Any] | None = None
+) -> Bundle:
+    """A bundle of an mlp head with arbitrary numbers, which Keras computes; the record as of `publish_linear`."""
+    config, random = MlpHeadConfig(kind="mlp", hidden=(16,)), np.random.default_rng(2)
+    network = build_head(config, width, len(classes), seed=0)
+    network.set_weights([random.normal(size=weights.shape) for weights in network.get_weights()])
+    return publish_bundle(
+        open_store(str(folder)),
+        TrainedHead(config, network, classes, "single_label"),
         table_record=table_record or {"fingerprint": FINGERPRINT, "width": width},
         metrics={},
         recipe={},

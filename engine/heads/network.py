@@ -5,6 +5,8 @@ Shape letters: N rows, B rows of one call, D embedding width, K classes.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import keras
@@ -12,8 +14,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
 ROWS_PER_CALL = 8192  # 42 MB of float32 at width 1280
 NUMBERS_PER_CALL = 1 << 25  # of the widest layer: 134 MB of float32
+CPU = "CPU:0"
 
 
 class Logits(Protocol):
@@ -50,6 +54,31 @@ def compile_logits(network: keras.Model) -> Logits:
         )
 
     return logits
+
+
+def logits_on_cpu(load: Callable[[], keras.Model]) -> Logits:
+    """Load a network for answering, and compile it. It is on the CPU whatever else this process computes on, so that an
+    actor with a GPU answers as a scorer without one does."""
+    leave_gpus_alone()
+    with tf.device(CPU):
+        anywhere = compile_logits(load())
+
+    def logits(
+        embeddings_ND: NDArray[np.floating[Any]], rows: NDArray[np.int64] | None = None, /
+    ) -> NDArray[np.float32]:
+        with tf.device(CPU):
+            return anywhere(embeddings_ND, rows)
+
+    return logits
+
+
+def leave_gpus_alone() -> None:
+    """Take no GPU's memory for what only answers: TensorFlow would take all of each that the process sees, and Ray
+    hides none from an actor that has asked for none. Where TensorFlow computes already, its devices stay."""
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:  # how it says so
+        log.debug("TensorFlow has started in this process: its devices stay as they are")
 
 
 def _widest(network: keras.Model) -> int:

@@ -72,12 +72,16 @@ class SideEncoder:
         columns = {
             name: self._bounded(name, values) for name, values in _columns(self._configs, table).items()
         }
-        encoded = [
-            self._space(
-                {name: tf.constant(all_N[start : start + ROWS_AT_ONCE]) for name, all_N in columns.items()}
-            )
-            for start in range(0, table.num_rows, ROWS_AT_ONCE)
-        ]
+        with tf.device("CPU:0"):  # as the head behind it, also beside a GPU
+            encoded = [
+                self._space(
+                    {
+                        name: tf.constant(all_N[start : start + ROWS_AT_ONCE])
+                        for name, all_N in columns.items()
+                    }
+                )
+                for start in range(0, table.num_rows, ROWS_AT_ONCE)
+            ]
         if not encoded:
             return np.empty((0, self.width), np.float32)
         encoded_NE: NDArray[np.float32] = np.nan_to_num(np.concatenate([np.asarray(one) for one in encoded]))
