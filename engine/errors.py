@@ -130,6 +130,10 @@ class ClusterError(EngineError):
     """The Ray cluster cannot be reached, or cannot hold what the recipe asks for."""
 
 
+class NotAllowed(ClusterError):
+    """The Kubernetes API does not know who asks, or does not allow it."""
+
+
 class OverBudget(EngineError):
     """The table is whole, but has more rejects than the recipe allows."""
 

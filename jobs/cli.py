@@ -549,7 +549,12 @@ def manifest(  # noqa: PLR0913, PLR0917 (each is an option)
     gpus: Annotated[int, typer.Option(min=0, help="GPUs in all, at most.")] = 0,
     gpus_per_pod: Annotated[int, typer.Option(min=1, max=16, help="GPUs of each pod that has some.")] = 1,
     workers: Annotated[int, typer.Option(min=1, max=4096, help="Pods without GPUs, at most.")] = 4,
-    cpus: Annotated[int, typer.Option(min=1, max=1024, help="Cores of each worker pod.")] = 8,
+    cpus: Annotated[
+        int,
+        typer.Option(
+            min=1, max=1024, help="Cores of each worker pod; one less than its machine has, which keeps some."
+        ),
+    ] = 7,
     memory_gib: Annotated[
         int | None, typer.Option(min=1, help="GiB of each worker pod; by default what its processes need.")
     ] = None,
@@ -558,8 +563,11 @@ def manifest(  # noqa: PLR0913, PLR0917 (each is an option)
     ] = 20,
     deadline_hours: Annotated[float, typer.Option(min=0.01, help="After which the job is ended.")] = 12,
     retries: Annotated[
-        int, typer.Option(min=0, max=10, help="Further tries after a failure of any kind.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=0, max=10, help="Further tries after a failure of any kind; by default 1, of finetune 0."
+        ),
+    ] = None,
     recipe_map: Annotated[
         str | None,
         typer.Option(help="ConfigMap of the cluster that has the recipe; by default one is printed."),

@@ -27,7 +27,8 @@ class ManifestOptions:
         name: of the RayJob; None: the verb and the recipe's file.
         image: that all containers run.
         recipe_map: name of a ConfigMap that has the recipe already; None: one is printed.
-        deadline_s, retries, suspend: as of `JobWish`.
+        retries: as of `JobWish`; None: as the verb's kind of work wants it.
+        deadline_s, suspend: as of `JobWish`.
         offline: do not look at the archive or the tables.
     """
 
@@ -35,7 +36,7 @@ class ManifestOptions:
     image: str
     recipe_map: str | None
     deadline_s: int
-    retries: int
+    retries: int | None
     suspend: bool
     offline: bool
 
@@ -50,7 +51,7 @@ def manifests(
     """
     from engine.config import resolved_text
     from engine.errors import RecipeError, StorageError
-    from engine.kubernetes.manifest import recipe_config_map
+    from engine.kubernetes.manifest import name_of_recipe_map, recipe_config_map
 
     if options.recipe_map is not None and overrides:
         raise RecipeError(
@@ -68,11 +69,12 @@ def manifests(
             wanted=error.wanted,
             way_out=f"{way_out}: as many pods as the options say",
         ) from None
-    job = _job(verb, path, options)
-    made = [_ray_job(job, plan)]
-    if options.recipe_map is None:
-        made.insert(0, recipe_config_map(job.recipe_map, job.recipe_file, resolved_text(path, overrides)))
-    return made
+    name = options.name or _default_name(verb, path)
+    if options.recipe_map is not None:
+        return [_ray_job(_job(verb, name, path, options.recipe_map, options), plan)]
+    text = resolved_text(path, overrides)
+    job = _job(verb, name, path, name_of_recipe_map(name, path.name, text), options)
+    return [recipe_config_map(job.recipe_map, job.recipe_file, text), _ray_job(job, plan)]
 
 
 def _ray_job(job: JobWish, plan: PodPlan) -> Manifest:
@@ -84,19 +86,24 @@ def _ray_job(job: JobWish, plan: PodPlan) -> Manifest:
     return ray_job(job, plan)
 
 
-def _job(verb: str, path: Path, options: ManifestOptions) -> JobWish:
+def _default_name(verb: str, path: Path) -> str:
+    file = path.stem.lower().replace("_", "-")
+    return file if file.startswith(verb) else f"{verb}-{file}"
+
+
+def _job(verb: str, name: str, path: Path, recipe_map: str, options: ManifestOptions) -> JobWish:
     from engine.kubernetes.manifest import JobWish
 
-    file = path.stem.lower().replace("_", "-")
-    name = options.name or (file if file.startswith(verb) else f"{verb}-{file}")
+    # A fine-tuning that came to nothing has published nothing, so that a second try would train it all again.
+    by_default = 0 if verb == "finetune" else 1
     return JobWish(
         verb=verb,
         name=name,
         image=options.image,
-        recipe_map=options.recipe_map or f"{name}-recipe",
+        recipe_map=recipe_map,
         recipe_file=path.name,
         deadline_s=options.deadline_s,
-        retries=options.retries,
+        retries=by_default if options.retries is None else options.retries,
         suspend=options.suspend,
     )
 

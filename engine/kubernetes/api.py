@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ClusterError
+from engine.errors import ClusterError, NotAllowed
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUT_S = 30.0
@@ -78,7 +78,8 @@ class RayJobs:
 
         Raises:
             TryAgain: the server did not answer.
-            ClusterError: it says no.
+            NotAllowed: it does not know us, or does not allow it.
+            ClusterError: it says no for another reason.
         """
         return self._answered("GET", name, None, unless=404)
 
@@ -87,7 +88,8 @@ class RayJobs:
 
         Raises:
             TryAgain: the server did not answer; it may yet have been created.
-            ClusterError: it says no.
+            NotAllowed: it does not know us, or does not allow it.
+            ClusterError: it says no for another reason.
         """
         return self._answered("POST", "", job, unless=409) is not None
 
@@ -118,7 +120,7 @@ class RayJobs:
                 said = _said(error)
             if error.code == 429 or error.code >= 500:
                 raise TryAgain(f"{error.code}: {said}") from None
-            raise ClusterError(
+            raise (NotAllowed if error.code in {401, 403} else ClusterError)(
                 f"the Kubernetes API refuses {method} {path}",
                 found=f"{error.code}: {said}",
                 way_out="check the Role of this pod's service account, and that KubeRay's definitions are installed",

@@ -7,6 +7,7 @@ started again finds the RayJob of the one before it and waits on.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -20,6 +21,7 @@ from engine.errors import (
     EXIT_FAILED,
     EXIT_JUDGED,
     ClusterError,
+    NotAllowed,
     RecipeError,
 )
 from engine.kubernetes.api import RayJobs, TryAgain
@@ -32,6 +34,8 @@ ENDED = ("Complete", "Failed", "ValidationFailed")
 # has the code.
 _EXIT_CODE = re.compile(r"Job entrypoint command failed with exit code (-?\d+)")
 COMPLAIN_EVERY_S = 60.0
+# An API server that has just started, or whose roles are being applied anew, refuses what it allowed before.
+FORGIVEN_S = 600.0
 
 Answer = TypeVar("Answer")
 
@@ -137,10 +141,10 @@ def copy_of(template: Mapping[str, Any], wanted: Launch, name: str) -> dict[str,
 
 
 def _ended(jobs: RayJobs, wanted: Launch, name: str, say: Callable[[str], None]) -> Ending:
-    """Wait for its end."""
+    """Wait for its end, which is hours away: by now we were allowed to ask."""
     shown = ""
     while True:
-        job = _patiently(lambda: jobs.get(name), say)
+        job = _patiently(lambda: jobs.get(name), say, forgiven_s=FORGIVEN_S)
         if job is None:
             raise ClusterError(
                 f"RayJob {name} is gone", found="somebody deleted it", way_out="the next night goes on"
@@ -179,16 +183,27 @@ def ending_of(status: Mapping[str, Any]) -> Ending:
     return Ending(EXIT_FAILED, reason != "DeadlineExceeded", words)
 
 
-def _patiently(ask: Callable[[], Answer], say: Callable[[str], None]) -> Answer:
+def _patiently(ask: Callable[[], Answer], say: Callable[[str], None], *, forgiven_s: float = 0.0) -> Answer:
     """Ask until there is an answer: giving up would let the next run start beside this one. The Kubernetes Job's own
-    deadline ends it."""
-    pause_s, complained = 1.0, -COMPLAIN_EVERY_S
+    deadline ends it.
+
+    Args:
+        forgiven_s: for how long we may be told that we are not allowed to ask.
+    """
+    began, pause_s, complained = time.monotonic(), 1.0, -math.inf
     while True:
         try:
             return ask()
-        except TryAgain as error:
+        except (TryAgain, NotAllowed) as error:
+            if isinstance(error, NotAllowed) and time.monotonic() - began >= forgiven_s:
+                raise
             if time.monotonic() - complained >= COMPLAIN_EVERY_S:
-                say(f"the Kubernetes API does not answer; trying on: {error}")
+                what = (
+                    f"refuses: {error.found}"
+                    if isinstance(error, NotAllowed)
+                    else f"does not answer: {error}"
+                )
+                say(f"trying on, for the Kubernetes API {what}")
                 complained = time.monotonic()
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(30.0, 2 * pause_s)

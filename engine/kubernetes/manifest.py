@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import parse_yaml
+from engine.config import parse_yaml, stable_hash
 from engine.errors import RecipeError
 from engine.kubernetes.pods import GIB, MIB, SHM_SPARE_BYTES, PodGroup, PodPlan
 
@@ -25,6 +25,7 @@ MAX_RECIPE_BYTES = 1 << 20  # of a ConfigMap
 # What the shell of KubeRay's submitter leaves as it is.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+=,-]+")
 _NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+_KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")  # of a ConfigMap
 _TAGGED = re.compile(r"(?P<name>[^@]+?)(:(?P<tag>[\w][\w.-]{0,127}))?(@sha256:(?P<digest>[0-9a-f]{64}))?")
 
 
@@ -57,6 +58,7 @@ class JobWish:
     def __post_init__(self) -> None:
         _require_name(self.name)
         _require_version(self.image)
+        _require_key(self.recipe_file)
 
     @property
     def entrypoint(self) -> str:
@@ -80,6 +82,16 @@ def _require_name(name: str) -> None:
         )
 
 
+def _require_key(file: str) -> None:
+    """The name of a file that can be a key of a ConfigMap."""
+    if not _KEY.fullmatch(file):
+        raise RecipeError(
+            f"{file}: no name for a file of a ConfigMap",
+            wanted="letters, digits, -, _ and .",
+            way_out="give the recipe's file another name",
+        )
+
+
 def _require_version(image: str) -> None:
     """An image that means the same tomorrow."""
     found = _TAGGED.fullmatch(image)
@@ -91,19 +103,28 @@ def _require_version(image: str) -> None:
         )
 
 
+def name_of_recipe_map(job: str, file: str, text: str) -> str:
+    """Of the ConfigMap for a job's recipe: another recipe has another name, so that no job ever runs an older one."""
+    return f"{job}-recipe-{stable_hash([file, text])[:10]}"
+
+
 def recipe_config_map(name: str, file: str, text: str) -> Manifest:
-    """The recipe as an object of the cluster.
+    """The recipe as an object of the cluster, which nobody can change there.
 
     Raises:
         RecipeError: it is larger than Kubernetes takes.
     """
     if len(text.encode()) > MAX_RECIPE_BYTES:
         raise RecipeError(f"the recipe is larger than a ConfigMap may be ({MAX_RECIPE_BYTES:,} bytes)")
-    labels = {"app.kubernetes.io/part-of": "image-feature-engine"}
+    labels = {
+        "app.kubernetes.io/part-of": "image-feature-engine",
+        "app.kubernetes.io/component": "recipe",
+    }
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": name, "labels": labels},
+        "immutable": True,
         "data": {file: text},
     }
 

@@ -20,7 +20,9 @@ MIB = 1 << 20
 # 2026-11-23).
 POD_OVERHEAD_BYTES = GIB
 SHM_SPARE_BYTES = 256 * MIB  # of /dev/shm beside the object store: TensorFlow's collectives use it, too
-DEFAULT_BYTES_PER_CPU = 4 * GIB  # where nothing says what a job's processes take: as cloud machines have it
+# Where nothing says what a job's processes take. Of 32 GiB, as machines of 8 cores have, GKE leaves 28.3 to pods
+# (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes), and 7 cores take 23.2 of them.
+DEFAULT_BYTES_PER_CPU = 3_400 * MIB
 WORKER, GPU = "cpu", "gpu"  # names of the groups
 
 
@@ -29,7 +31,8 @@ class Wish:
     """What a person wants to spend on a job.
 
     Attributes:
-        cpus: cores of each worker pod.
+        cpus: cores of each worker pod. One less than the machine has, which keeps some of one for itself: a pod of 8 is
+            placed on no machine of 8.
         workers: pods without GPUs, at most.
         gpus: in all, at most.
         gpus_per_pod: of each pod that has some.
@@ -37,7 +40,7 @@ class Wish:
         scratch: bytes of each worker pod on its node's disk: objects that do not fit memory, files of training.
     """
 
-    cpus: int = 8
+    cpus: int = 7
     workers: int = 4
     gpus: int = 0
     gpus_per_pod: int = 1
@@ -249,7 +252,8 @@ def training_pods(wish: Wish, strategy: AnyStrategyConfig, *, with_readers: bool
     """Pods for a training: one for each of its workers, and beside them those that decode images.
 
     Args:
-        with_readers: images are decoded on the cluster's cores, as fine-tuning does.
+        with_readers: images are decoded on the cluster's cores, as fine-tuning does; it counts them once, so that all
+            pods are there from the start.
 
     Raises:
         RecipeError: GPUs and training workers do not go together.
@@ -273,12 +277,15 @@ def training_pods(wish: Wish, strategy: AnyStrategyConfig, *, with_readers: bool
             found=f"{each} in each pod",
             way_out="give more --gpus, or lower it",
         )
+    default = _default_group(wish, WORKER, 1, 0)
     if wish.gpus:
         trained = _default_group(wish, GPU, trainers, each, fixed=True)
-        beside = _default_group(wish, WORKER, wish.workers if with_readers else 1, 0)
+        beside = _default_group(wish, WORKER, wish.workers, 0, fixed=True) if with_readers else default
         return PodPlan((beside, trained))
     if trainers == 1:
-        return PodPlan((_default_group(wish, WORKER, wish.workers if with_readers else 1, 0),))
+        return PodPlan(
+            (_default_group(wish, WORKER, wish.workers, 0, fixed=True) if with_readers else default,)
+        )
     # One more than there are workers: Ray Train's own controller and the readers need a place, too.
     return PodPlan((_default_group(wish, WORKER, trainers + 1, 0, fixed=True),))
 

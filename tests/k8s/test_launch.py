@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import ClusterError, RecipeError
+from engine.errors import ClusterError, NotAllowed, RecipeError
 from engine.kubernetes import launch as module
 from engine.kubernetes.api import ApiAddress, RayJobs
 from engine.kubernetes.launch import RUN_LABEL, Ending, Launch, copy_of, ending_of, launch
@@ -158,7 +158,7 @@ def test_an_api_server_that_fails_is_asked_again(server: ApiServer, jobs: RayJob
     when_created(server, DONE)
     ending, said = run(jobs)
     assert ending.code == 0
-    assert said[0] == "the Kubernetes API does not answer; trying on: 500: told to say 500"
+    assert said[0] == "trying on, for the Kubernetes API does not answer: 500: told to say 500"
 
 
 def test_a_token_that_was_replaced_is_read_again(server: ApiServer, jobs: RayJobs, tmp_path: Path) -> None:
@@ -168,11 +168,46 @@ def test_a_token_that_was_replaced_is_read_again(server: ApiServer, jobs: RayJob
     assert jobs.get("nightly") is not None
 
 
-def test_what_may_not_be_asked_is_said(server: ApiServer, jobs: RayJobs) -> None:
-    server.failures = [403]
-    with pytest.raises(ClusterError, match="refuses GET") as refused:
+@pytest.mark.parametrize("code", [401, 403])
+def test_what_may_not_be_asked_is_said_at_once(server: ApiServer, jobs: RayJobs, code: int) -> None:
+    server.failures = [code]
+    with pytest.raises(NotAllowed, match="refuses GET") as refused:
         run(jobs)
-    assert refused.value.found == "403: told to say 403"
+    assert refused.value.found == f"{code}: told to say {code}"
+    assert server.names() == []
+
+
+def test_a_wait_outlives_an_api_server_that_forgets_for_a_while_who_asks(
+    server: ApiServer, jobs: RayJobs, at_once: None
+) -> None:
+    said: list[str] = []
+
+    def say(words: str) -> None:
+        said.append(words)
+        if words == f"{RUN}-1: created from nightly":
+            server.failures = [401, 403, 503, 401]
+
+    when_created(server, DONE)
+    assert launch(jobs, Launch("nightly", RUN, poll_s=0.01), say).code == 0
+    assert server.failures == []
+    assert "trying on, for the Kubernetes API refuses: 401: told to say 401" in said
+
+
+def test_a_wait_ends_where_it_stays_forbidden(
+    server: ApiServer, jobs: RayJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = [0.0]
+    now = time.monotonic
+    monkeypatch.setattr(module.time, "monotonic", lambda: now() + slept[0])
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: slept.append(slept.pop() + seconds))
+
+    def forbid(words: str) -> None:
+        if words == f"{RUN}-1: created from nightly":
+            server.failures = [403] * 1000
+
+    with pytest.raises(NotAllowed):
+        launch(jobs, Launch("nightly", RUN), forbid)
+    assert 600 <= slept[0] < 660  # the longest pause is 45 s
 
 
 def test_a_server_with_another_certificate_is_not_told_the_token(

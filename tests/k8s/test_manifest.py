@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest
 import yaml
 
 from engine.config import load_recipe
-from engine.kubernetes.manifest import RECIPE_FOLDER
+from engine.errors import RecipeError
+from engine.estimate import CLUSTERS
+from engine.kubernetes.manifest import RECIPE_FOLDER, JobWish
+from engine.kubernetes.pods import Wish
 from engine.storage import open_store
 from jobs.cli import main
 from jobs.extract import ExtractRecipe
 from k8s import render
 from tests.embedding_tables import FINGERPRINT, publish_linear
 from tests.flows.archives import extract_recipe, write_recipe, write_shards
-from tests.k8s.rendering import OVERLAYS, ROOT, of_kind, overlay
+from tests.k8s.rendering import OVERLAYS, ROOT, of_kind, overlay, pod_templates
 
 IMAGE = "registry.example.org/image-feature-engine:0.1.0"
 
@@ -70,13 +74,59 @@ def test_a_recipe_of_ones_own_comes_with_its_config_map(
 ) -> None:
     recipe = extract_recipe(tmp_path, "s3://a/b", "s3://c/d", "# a comment that is kept")
     made = manifests(capsys, "extract", recipe, "--offline", "--name", "mine")
-    assert made["ConfigMap"]["metadata"]["name"] == "mine-recipe"
+    name = made["ConfigMap"]["metadata"]["name"]
+    assert re.fullmatch("mine-recipe-[0-9a-f]{10}", name)
+    assert made["ConfigMap"]["immutable"] is True
     assert made["ConfigMap"]["data"] == {"extract.yaml": recipe.read_text(encoding="utf-8")}
     spec = made["RayJob"]["spec"]
     assert spec["suspend"] is False
     assert spec["entrypoint"].startswith(f"engine extract {RECIPE_FOLDER}/extract.yaml --json --set ")
     volumes = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
-    assert [v["configMap"]["name"] for v in volumes if "configMap" in v] == ["mine-recipe"]
+    assert [v["configMap"]["name"] for v in volumes if "configMap" in v] == [name]
+
+
+def test_a_changed_recipe_is_another_config_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`kubectl create` keeps what is there under a name, and the job would run the recipe of before."""
+    recipe = extract_recipe(tmp_path, "s3://a/b", "s3://c/d")
+    command = ["extract", recipe, "--offline", "--name", "mine"]
+    first, again = manifests(capsys, *command), manifests(capsys, *command)
+    changed = manifests(capsys, *command, "--set", "limits.max_reject_fraction=0.17")
+    assert first == again
+    assert first["ConfigMap"]["metadata"]["name"] != changed["ConfigMap"]["metadata"]["name"]
+    for made in (first, changed):
+        pods = list(pod_templates(made["RayJob"]))[1:]
+        named = {
+            v["configMap"]["name"] for _, pod in pods for v in pod["spec"]["volumes"] if "configMap" in v
+        }
+        assert named == {made["ConfigMap"]["metadata"]["name"]}
+
+
+@pytest.mark.parametrize(("verb", "retries"), [("extract", 1), ("fit", 1), ("finetune", 0)])
+def test_a_fine_tuning_that_came_to_nothing_is_not_trained_again(
+    capsys: pytest.CaptureFixture[str], verb: str, retries: int
+) -> None:
+    command = [verb, ROOT / f"jobs/recipes/{verb}_bucket.yaml", "--offline"]
+    assert manifests(capsys, *command)["RayJob"]["spec"]["backoffLimit"] == retries
+    assert manifests(capsys, *command, "--retries", 2)["RayJob"]["spec"]["backoffLimit"] == 2
+
+
+def test_the_default_pods_are_those_of_a_wish(capsys: pytest.CaptureFixture[str]) -> None:
+    made = manifests(capsys, "score", ROOT / "jobs/recipes/score_bucket.yaml", "--offline")
+    (group,) = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    wish = Wish()
+    assert (group["maxReplicas"], group["rayStartParams"]["num-cpus"]) == (wish.workers, str(wish.cpus))
+
+
+def test_estimates_on_paper_have_the_machines_of_the_overlays() -> None:
+    for name in ("cpu", "gpu"):
+        paper = CLUSTERS[f"{name}-overlay"]
+        cluster = of_kind(overlay(name), "RayJob")["extract"]["spec"]["rayClusterSpec"]
+        groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+        cores = {int(group["rayStartParams"]["num-cpus"]) for group in groups.values()}
+        assert cores == {paper.cores_per_node}
+        assert paper.nodes == groups[name]["maxReplicas"]
+        assert paper.decode_nodes == (groups["cpu"]["maxReplicas"] if name == "gpu" else 0)
+        assert paper.gpus_per_node == int(groups[name]["rayStartParams"].get("num-gpus", 0))
 
 
 def test_overrides_are_in_the_recipe_that_is_printed(
@@ -90,7 +140,7 @@ def test_overrides_are_in_the_recipe_that_is_printed(
     (tmp_path / "printed.yaml").write_text(text)
     options = shlex.split(made["RayJob"]["spec"]["entrypoint"])[5::2]
     loaded = load_recipe(ExtractRecipe, tmp_path / "printed.yaml", options)
-    assert (loaded.source.pattern, loaded.compute.actors.max, loaded.compute.decode_tasks) == ("*.tgz", 2, 28)
+    assert (loaded.source.pattern, loaded.compute.actors.max, loaded.compute.decode_tasks) == ("*.tgz", 2, 24)
 
 
 def test_pods_are_as_many_as_the_archive_has_work_for(
@@ -110,7 +160,7 @@ BACKBONE = {"kind": "keras_application", "name": "MobileNetV2", "weights": "rand
 
 
 def recipe_of_images(folder: Path, **blocks: Any) -> Path:
-    """Scores five shards of images with a bundle of a network that takes 32 pixels; the bundle's head has 40 numbers."""
+    """Scores five shards of images with a bundle of a network that takes 32 pixels; its head has 40 numbers."""
     write_shards(open_store(str(folder / "shards")), shards=5, images=3)
     made_with = {
         "fingerprint": FINGERPRINT,
@@ -199,7 +249,22 @@ def test_a_recipe_whose_name_a_shell_would_read_is_refused(
 ) -> None:
     recipe = extract_recipe(tmp_path, "s3://a/b", "s3://c/d").rename(tmp_path / "my $(recipe).yaml")
     arguments = ["extract", recipe, "--offline", "--image", IMAGE, "--name", "mine"]
-    assert "a shell reads the rest in its own way" in refused(capsys, *arguments)
+    assert "no name for a file of a ConfigMap" in refused(capsys, *arguments)
+
+
+def test_an_option_that_a_shell_would_read_is_refused() -> None:
+    wish = JobWish("fit", "mine", IMAGE, "recipes", "fit.yaml", options=("--set", "head.kind=$(id)"))
+    with pytest.raises(RecipeError, match="cannot stand in a RayJob's command"):
+        _ = wish.entrypoint
+
+
+@pytest.mark.parametrize("character", list("+@=,:%"))
+def test_a_recipe_whose_name_no_config_map_takes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], character: str
+) -> None:
+    recipe = extract_recipe(tmp_path, "s3://a/b", "s3://c/d").rename(tmp_path / f"my{character}recipe.yaml")
+    arguments = ["extract", recipe, "--offline", "--image", IMAGE, "--name", "mine"]
+    assert f"my{character}recipe.yaml: no name for a file of a ConfigMap" in refused(capsys, *arguments)
 
 
 def test_images_may_be_named_by_digest_and_by_a_registry_with_a_port(

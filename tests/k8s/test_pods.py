@@ -128,12 +128,17 @@ def shape(groups: tuple[PodGroup, ...]) -> list[tuple[str, int, int, int]]:
 def test_a_training_has_a_pod_for_each_worker() -> None:
     wish = Wish(cpus=8, workers=3)
     assert shape(training_pods(wish, Mirrored(), with_readers=False).groups) == [("cpu", 1, 1, 0)]
-    assert shape(training_pods(wish, Mirrored(), with_readers=True).groups) == [("cpu", 1, 3, 0)]
+    # Fine-tuning counts cores for its readers once: what comes later would be idle.
+    assert shape(training_pods(wish, Mirrored(), with_readers=True).groups) == [("cpu", 3, 3, 0)]
     several = MultiWorker(kind="multi_worker", workers=2)
     assert shape(training_pods(wish, several, with_readers=False).groups) == [("cpu", 3, 3, 0)]
     gpus = Wish(cpus=8, workers=3, gpus=4)
     assert shape(training_pods(gpus, Mirrored(), with_readers=False).groups) == [
         ("cpu", 1, 1, 0),
+        ("gpu", 1, 1, 4),
+    ]
+    assert shape(training_pods(gpus, Mirrored(), with_readers=True).groups) == [
+        ("cpu", 3, 3, 0),
         ("gpu", 1, 1, 4),
     ]
     plan = training_pods(Wish(gpus=4, gpus_per_pod=2), several, with_readers=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -13,7 +14,9 @@ from packaging.requirements import Requirement
 
 from engine.config import load_recipe
 from engine.kubernetes.manifest import RECIPE_FOLDER
+from engine.lease import WATCH_LIFETIMES
 from jobs.cli import RECIPE_CLASSES, app
+from jobs.nightly import NightlyRecipe
 from tests.k8s.rendering import (
     OVERLAYS,
     ROOT,
@@ -186,33 +189,149 @@ def test_only_those_who_ask_the_api_server_hold_a_token_for_it(name: str) -> Non
         for where, template in pod_templates(document):
             spec = template["spec"]
             assert spec["serviceAccountName"] in accounts, where
-            wants = spec["serviceAccountName"] in ("engine-head", "engine-nightly")
+            wants = spec["serviceAccountName"] == "engine-nightly"
             assert spec["automountServiceAccountToken"] is wants, where
+            if where.endswith(" head"):
+                continue
+            assert api_tokens(spec) == set(), where
     rules = {role: document["rules"] for role, document in of_kind(documents, "Role").items()}
     assert rules["engine-nightly"] == [
         {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}
     ]
     assert not any("*" in rule[part] for role in rules.values() for rule in role for part in rule)
     assert not any("secrets" in rule["resources"] for role in rules.values() for rule in role)
+    changing = {
+        (resource, verb)
+        for rule in rules["engine-submitter"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        if verb not in {"get", "list", "watch"}
+    }
+    assert changing == {("rayjobs", "create"), ("rayjobs", "delete"), ("configmaps", "create")}
     assert of_kind(documents, "ClusterRole") == {}
+
+
+def api_tokens(spec: Document) -> set[str]:
+    """Volumes of a pod with a token that the API server takes: one for no audience, which is then its own."""
+    return {
+        volume["name"]
+        for volume in spec["volumes"]
+        for source in volume.get("projected", {}).get("sources", [])
+        if "serviceAccountToken" in source and "audience" not in source["serviceAccountToken"]
+    }
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_of_the_heads_containers_only_the_autoscaler_can_ask_the_api_server(name: str) -> None:
+    from ray.autoscaler._private.kuberay import node_provider
+
+    for job in of_kind(overlay(name), "RayJob").values():
+        cluster = job["spec"]["rayClusterSpec"]
+        spec = cluster["headGroupSpec"]["template"]["spec"]
+        (token,) = api_tokens(spec)
+        (driver,) = spec["containers"]
+        assert token not in {mount["name"] for mount in driver["volumeMounts"]}
+        mounts = {mount["name"]: mount for mount in cluster["autoscalerOptions"]["volumeMounts"]}
+        assert mounts.keys() <= {volume["name"] for volume in spec["volumes"]}
+        assert mounts[token]["readOnly"] is True
+        (volume,) = [volume for volume in spec["volumes"] if volume["name"] == token]
+        of_token, of_authority = volume["projected"]["sources"]
+        paths = {of_token["serviceAccountToken"]["path"], of_authority["configMap"]["items"][0]["path"]}
+        assert {f"{mounts[token]['mountPath']}/{path}" for path in paths} == {
+            node_provider.IN_CLUSTER_TOKEN_PATH,
+            node_provider.IN_CLUSTER_CA_CERT_PATH,
+        }
+
+
+WORLD_4 = "0.0.0.0/0 without 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 169.254.0.0/16"
+WORLD_6 = "::/0 without fc00::/7 fe80::/10"
+DNS, HTTPS, API = "UDP 53, TCP 53", "TCP 443", "TCP 443, TCP 6443"
+INGRESS = {
+    ("head worker", "head worker", "every port"),
+    ("submitter", "head", "TCP 8265"),
+    ("kuberay-system: kuberay-operator", "head", "TCP 8265"),
+}
+EGRESS = {
+    ("all", "kube-system: kube-dns", DNS),
+    ("all", "169.254.20.10/32", DNS),
+    ("all", "169.254.169.254/32", DNS),
+    ("head worker", "head worker", "every port"),
+    ("submitter", "head", "TCP 8265"),
+    ("head worker", WORLD_4, HTTPS),
+    ("head worker", WORLD_6, HTTPS),
+}
+PATCHED_BY_THE_USER = {("head nightly", "192.0.2.1/32", API)}
+OF_ONE_MACHINE = {
+    ("head worker", "minio", "TCP 9000"),
+    *(("head nightly", block, API) for block in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")),
+}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_everything_is_denied_that_is_not_named(name: str) -> None:
-    policies = of_kind(overlay(name), "NetworkPolicy")
-    assert policies["default-deny"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    for policy in policies.values():
-        for rule in policy["spec"].get("ingress", []):
-            assert rule.get("from"), policy["metadata"]["name"]  # an empty list is everybody
-            assert not any("ipBlock" in peer for peer in rule["from"])  # the world
-    dashboard = [
-        rule
-        for policy in policies.values()
-        for rule in policy["spec"].get("ingress", [])
-        if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])
-    ]
-    (rule,) = dashboard
-    assert [sorted(peer) for peer in rule["from"]] == [["podSelector"], ["namespaceSelector", "podSelector"]]
+    policies = list(of_kind(overlay(name), "NetworkPolicy").values())
+    assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in [one["spec"] for one in policies]
+    assert flows(policies, "ingress", "from") == INGRESS
+    assert flows(policies, "egress", "to") == EGRESS | (
+        OF_ONE_MACHINE if name == "dev" else PATCHED_BY_THE_USER
+    )
+
+
+def flows(policies: list[Document], direction: str, peers: str) -> set[tuple[str, str, str]]:
+    """Who may talk to whom, at which ports, in words; a rule without peers or ports is one for all of them."""
+    found = set()
+    for policy in policies:
+        for rule in policy["spec"].get(direction, []):
+            assert set(rule) <= {peers, "ports"}
+            ports = ", ".join(f"{port['protocol']} {port['port']}" for port in rule.get("ports", []))
+            for peer in rule.get(peers) or [{}]:
+                ends = (pods(policy["spec"]["podSelector"]), end(peer))
+                source, target = ends if direction == "egress" else reversed(ends)
+                found.add((source, target, ports or "every port"))
+    return found
+
+
+def end(peer: Document) -> str:
+    """One end of a flow."""
+    if "ipBlock" in peer:
+        left_out = peer["ipBlock"].get("except")
+        return peer["ipBlock"]["cidr"] + (f" without {' '.join(left_out)}" if left_out else "")
+    if "namespaceSelector" not in peer:
+        return pods(peer["podSelector"]) if peer else "everywhere"
+    (namespace,) = peer["namespaceSelector"]["matchLabels"].values()
+    return f"{namespace}: {pods(peer['podSelector'])}" if "podSelector" in peer else str(namespace)
+
+
+def pods(selector: Document) -> str:
+    """Whom a selector of pods selects, ours by their component."""
+    if not selector:
+        return "all"
+    labels = dict(selector["matchLabels"])
+    if labels.pop("app.kubernetes.io/part-of", None) is None:
+        (name,) = labels.values()
+        return str(name)
+    (one,) = labels.values() if labels else (None,)
+    if one is not None:
+        return str(one)
+    (expression,) = selector["matchExpressions"]
+    assert (expression["key"], expression["operator"]) == ("app.kubernetes.io/component", "In")
+    return " ".join(expression["values"])
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        (lambda spec: spec.update(egress=[{}]), ("submitter", "everywhere", "every port")),
+        (lambda spec: spec["egress"][0].pop("ports"), ("submitter", "head", "every port")),
+        (lambda spec: spec["egress"][0].pop("to"), ("submitter", "everywhere", "TCP 8265")),
+    ],
+)
+def test_the_table_of_flows_shows_a_policy_that_lets_out_more(
+    change: Any, more: tuple[str, str, str]
+) -> None:
+    policies = of_kind(overlay("cpu"), "NetworkPolicy")
+    change(policies["submitter"]["spec"])
+    assert more in flows(list(policies.values()), "egress", "to")
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -263,6 +382,60 @@ def test_everything_that_is_written_is_a_volume() -> None:
             assert environment[name].startswith(("/tmp", "/cache")), name
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_pods_whose_loss_is_dear_are_left_alone_and_not_on_spot_nodes(name: str) -> None:
+    """The submitter lives as long as the job: when its pods are used up, the job has failed."""
+    for job in of_kind(overlay(name), "RayJob").values():
+        templates = dict(pod_templates(job))
+        for part in ("submitter", "head"):
+            template = templates[f"RayJob {job['metadata']['name']} {part}"]
+            assert template["metadata"]["annotations"] == {
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                "karpenter.sh/do-not-disrupt": "true",
+            }
+            affinity = template["spec"]["affinity"]["nodeAffinity"]
+            (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+            refused = {(one["key"], one["operator"], *one["values"]) for one in term["matchExpressions"]}
+            assert ("karpenter.sh/capacity-type", "NotIn", "spot") in refused
+            assert len(refused) == 4
+        assert job["spec"]["submitterConfig"]["backoffLimit"] == 6
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_workers_are_spread_among_those_of_their_own_job(name: str) -> None:
+    for job in of_kind(overlay(name), "RayJob").values():
+        for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+            (spread,) = group["template"]["spec"]["topologySpreadConstraints"]
+            assert spread["matchLabelKeys"] == ["ray.io/cluster"]
+
+
+def test_no_priority_is_so_low_that_no_node_is_added_for_it() -> None:
+    priorities = {
+        name: document["value"] for name, document in of_kind(overlay("cpu"), "PriorityClass").items()
+    }
+    # The default of Cluster Autoscaler's --expendable-pods-priority-cutoff.
+    assert -10 <= priorities["engine-worker"] < priorities["engine-head"] < 0
+
+
+# Cores and GiB that GKE leaves of machines with 4 GiB a core
+# (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes).
+LEFT_OF_MACHINES = {"cpu": (7.91, 28.3), "gpu": (15.89, 58.4)}
+DAEMONS = (0.5, 1.0)  # of the cluster's own pods on every node
+
+
+@pytest.mark.parametrize("name", LEFT_OF_MACHINES)
+def test_workers_find_room_on_machines_of_the_size_that_the_readme_names(name: str) -> None:
+    left_cpus, left_gib = LEFT_OF_MACHINES[name]
+    for job in of_kind(overlay(name), "RayJob").values():
+        for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+            limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            small = name == "gpu" and int(limits["cpu"]) == 7  # of a verb without GPUs
+            cpus, gib = LEFT_OF_MACHINES["cpu"] if small else (left_cpus, left_gib)
+            assert int(limits["cpu"]) == int(cpus)
+            assert int(limits["cpu"]) + DAEMONS[0] <= cpus + 0.1
+            assert bytes_of(limits["memory"]) / (1 << 30) + DAEMONS[1] <= gib
+
+
 def test_a_night_outlives_its_rayjobs_and_two_never_run_together() -> None:
     documents = overlay("nightly")
     cron, job = (
@@ -281,9 +454,13 @@ def test_a_night_outlives_its_rayjobs_and_two_never_run_together() -> None:
         "action": "FailJob",
         "onExitCodes": {"containerName": "launch", "operator": "In", "values": [1, 2, 3]},
     }
-    recipe = (ROOT / "jobs/recipes/nightly_bucket.yaml").read_text(encoding="utf-8")
-    (budget,) = re.findall(r"max_seconds: (\d+)", recipe)
-    assert int(budget) + 1800 <= job["activeDeadlineSeconds"]  # it stops by itself, before it is ended
+    recipe = load_recipe(NightlyRecipe, ROOT / "jobs/recipes/nightly_bucket.yaml")
+    # The deadline counts from the RayJob's creation, the budget from the driver's start; and a part that is begun, the
+    # judging and the publishing come after it.
+    start, finish = job["preRunningDeadlineSeconds"], 1800
+    assert (recipe.budget.max_seconds or math.inf) + start + finish <= job["activeDeadlineSeconds"]
+    # A driver that is lost with its head leaves a lease behind, and the next one starts within minutes.
+    assert recipe.lease.wait_seconds > WATCH_LIFETIMES * recipe.lease.lifetime_seconds
 
 
 def test_the_bucket_policy_allows_what_the_engine_asks_for_and_no_more() -> None:

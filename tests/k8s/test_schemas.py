@@ -124,6 +124,29 @@ def test_rayjobs_have_only_fields_of_the_list(name: str) -> None:
     assert used - known == set()
 
 
+@pytest.mark.skipif(not has_definitions(), reason=f"{SHARED}/kuberay is not here: the list is not compared")
+def test_every_field_of_the_list_is_one_of_kuberays_definitions(definitions: Any) -> None:
+    _, crds = definitions
+    definition = crds["ray.io/v1", "RayJob"]
+    fields = [
+        field for field in FIELDS.read_text(encoding="utf-8").split() if not field.startswith(".metadata.")
+    ]
+    assert len(fields) > 100
+    assert [field for field in fields if not is_defined(definition, field)] == []
+    assert not is_defined(definition, ".spec.entrypiont")
+    assert not is_defined(definition, ".spec.submitterPodTemplate.spec.containers.imag")
+
+
+def is_defined(node: Any, path: str) -> bool:
+    """Whether a definition has a field, whose path goes through lists and ends where keys are free."""
+    for name in path.removeprefix(".").split("."):
+        node = node.get("items", node)
+        if name not in node.get("properties", {}):
+            return False
+        node = node["properties"][name]
+    return True
+
+
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_every_component_can_be_put_into_an_overlay(name: str, tmp_path: Path) -> None:
     """A kustomization elsewhere, as a user writes one, with this component in place of another."""
