@@ -17,11 +17,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from engine.estimate import Estimate
+from jobs.plan import paper_plan
 from tests.k8s.rendering import (
     COMPONENTS,
     OVERLAYS,
     ROOT,
     Document,
+    bytes_of,
     containers,
     of_kind,
     overlay,
@@ -190,9 +193,72 @@ def test_the_overlay_in_the_readme_renders(tmp_path: Path) -> None:
     text = textwrap.dedent(block).replace("../../image-feature-engine", from_folder(tmp_path))
     digest = "0123456789abcdef" * 4
     text = text.replace("sha256:...", f"sha256:{digest}").replace("YOUR-REGISTRY", "registry.test")
+    text = text.replace("YOUR-API-SERVER", "10.17.19.23").replace("YOUR-PROMETHEUS", "monitoring")
     (tmp_path / "kustomization.yaml").write_text(text)
     documents = rendered(tmp_path)
     images = {container["image"] for document in documents for _, container in containers(document)}
     assert images == {f"registry.test/image-feature-engine@sha256:{digest}"}
     role = of_kind(documents, "ServiceAccount")["engine-worker"]["metadata"]["annotations"]
     assert role == {"eks.amazonaws.com/role-arn": "arn:aws:iam::YOUR-ACCOUNT:role/image-feature-engine"}
+    (rule,) = of_kind(documents, "NetworkPolicy")["api-server"]["spec"]["egress"]
+    assert rule["to"] == [{"ipBlock": {"cidr": "10.17.19.23/32"}}]
+    # What watches the jobs comes with them, where they are and where Prometheus looks for it.
+    watched = {kind: of_kind(documents, kind) for kind in ("PodMonitor", "PrometheusRule")}
+    for objects in watched.values():
+        (one,) = objects.values()
+        assert one["metadata"]["namespace"] == "image-features"
+        assert one["metadata"]["labels"]["release"] == "monitoring"
+    assert {"image-feature-engine-metrics", "default-deny"} <= set(of_kind(documents, "NetworkPolicy"))
+    assert "image-feature-engine-dashboard" in of_kind(documents, "ConfigMap")
+    (selector,) = {
+        tuple(one["spec"]["selector"]["matchLabels"].items()) for one in watched["PodMonitor"].values()
+    }
+    assert selector == (("ray.io/is-ray-node", "yes"),)  # without the label of the release, which no pod has
+
+
+def test_what_the_readme_says_of_sizes_is_what_pods_ask_for() -> None:
+    readme = (ROOT / "k8s/README.md").read_text(encoding="utf-8")
+
+    def asked(name: str, verb: str, *parts: str) -> tuple[float, float, float]:
+        found = [
+            container["resources"]["requests"]
+            for where, container in containers(of_kind(overlay(name), "RayJob")[verb])
+            if where.split(":")[0].split()[-1] in parts
+        ]
+        cores = sum(
+            float(one["cpu"].removesuffix("m")) / (1000 if one["cpu"].endswith("m") else 1) for one in found
+        )
+        memory, disk = (
+            sum(bytes_of(one[kind]) for one in found) / 2**30 for kind in ("memory", "ephemeral-storage")
+        )
+        return cores, round(memory, 1), disk
+
+    assert asked("cpu", "extract", "head", "submitter") == (3, 10, 22)
+    assert "| 3 cores, 10 GiB of memory, 22 GiB of disk |" in readme
+    sizes = {asked("cpu", verb, "cpu") for verb in ("extract", "fit", "finetune", "score", "nightly")}
+    assert tuple(map(max, zip(*sizes, strict=True))) == (7, 23.2, 45)
+    assert "| 7 cores, 24 GiB, 45 GiB of disk |" in readme
+    sizes = {asked("gpu", verb, "gpu") for verb in ("extract", "fit", "finetune", "nightly")}
+    assert tuple(map(max, zip(*sizes, strict=True))) == (15, 49.8, 45)
+    assert "| 15 cores, 50 GiB, 45 GiB of disk, 1 GPU or none |" in readme
+    assert asked("dev", "nightly", "cpu", "head", "submitter") == (5, 17.3, 31)
+    assert "5 cores, 17.3 GiB of\nmemory and 31 GiB of disk" in readme
+
+
+def test_what_the_readme_says_of_hours_and_cost_is_what_the_plan_says() -> None:
+    readme = (ROOT / "k8s/README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| ([\d,]+) M \| `([a-z-]+)`: .* \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M
+    )
+    assert [row[:2] for row in rows] == [
+        ("1", "cpu-overlay"),
+        ("1", "gpu-overlay"),
+        ("100", "cpu-overlay"),
+        ("100", "gpu-overlay"),
+        ("1,000", "gpu-overlay"),
+    ]
+    for millions, cluster, *said in rows:
+        estimate = Estimate(paper_plan(float(millions.replace(",", "")) * 1e6, cluster, []))
+        money = estimate.machine_money or 0
+        wanted = [f"{estimate.images_per_second:,.0f}", f"{estimate.seconds / 3600:.2f}", f"{money:.2f}"]
+        assert said == wanted, (millions, cluster)
