@@ -23,7 +23,7 @@ HOURS = {"extract": "12", "fit": "4", "finetune": "12", "score": "4", "nightly":
 # What each place says of sizes; all else is the template's.
 # Of machines with 8 and 16 cores: see `Wish`.
 CPU = {verb: ["--workers", "4", "--cpus", "7"] for verb in HOURS}
-# One H100 was busy for 0.6 of the time with 16 cores to decode on (README, 2026-11-23): twice as many again beside its own.
+# One H100 was busy for 0.6 of the time with 16 cores to decode on (README, 2026-11-23): so 30 more beside its own.
 GPU = {
     "extract": ["--gpus", "4", "--workers", "8", "--cpus", "15"],
     "fit": ["--gpus", "1", "--cpus", "15"],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.processes import kill_process, new_mark, processes_with
+from tests.processes import kill_process, new_mark, processes_below, processes_with
 
 if TYPE_CHECKING:
     from ray._private.node import Node
@@ -109,10 +109,11 @@ def start_head(environment: Mapping[str, str], num_cpus: int) -> Iterator[Starte
                 time.sleep(0.2)
             yield StartedHead(f"http://127.0.0.1:{dashboard}", Path(temporary))
         finally:
+            begun = processes_below(node.pid)  # before those that outlive it have another parent
             node.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(10)
-            for pid in processes_with(mark):
+            for pid in {*begun, *processes_with(mark)}:  # Ray writes titles over some environments
                 kill_process(pid)
             node.wait()
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import kill_process, new_mark, processes_with
+from tests.processes import kill_process
 
 UID = 10001
 START_TIMEOUT_S = 120
@@ -72,13 +72,14 @@ class Pods:
         recipes: files of the ConfigMap.
         environment: that all of them get: keys of the store, Ray's token.
         network: a process that is in theirs.
+        nodes: of each its command, and its mount namespace as /proc names it.
     """
 
     folder: Path
     recipes: Path
     environment: dict[str, str]
     network: int
-    nodes: dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]] = field(default_factory=dict)
+    nodes: dict[str, tuple[subprocess.Popen[bytes], str]] = field(default_factory=dict)
 
     def run(self, container: Mapping[str, Any], command: list[str]) -> subprocess.CompletedProcess[str]:
         """Run a command to its end in a pod like that of a container."""
@@ -92,26 +93,30 @@ class Pods:
 
     def lose(self, name: str) -> None:
         """Kill every process of a pod at once, as a node that is taken away."""
-        process, mark = self.nodes.pop(name)
+        process, mounts = self.nodes.pop(name)
         for _ in range(3):  # a process may start another meanwhile
-            for pid in processes_with(mark):
+            for pid in _processes_in(mounts):
                 kill_process(pid)
         process.wait()
 
     def start(self, name: str, container: Mapping[str, Any], command: list[str]) -> None:
         """Start a node, and wait until it has joined."""
-        mark = new_mark()
         log = self.folder / f"{name}.log"
         with open(log, "wb") as out:
             process = subprocess.Popen(
                 self._entered(name, container, command),
-                env={**self._environment_of(container), **mark},
+                env=self._environment_of(container),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.nodes[name] = (process, mark)
-        deadline = time.monotonic() + START_TIMEOUT_S
+        own, deadline = os.readlink("/proc/self/ns/mnt"), time.monotonic() + START_TIMEOUT_S
+        mounts = own
+        while mounts == own:  # until it has unshared them
+            assert process.poll() is None, f"{name} has ended: {log.read_text()}"
+            with contextlib.suppress(OSError):
+                mounts = os.readlink(f"/proc/{process.pid}/ns/mnt")
+        self.nodes[name] = (process, mounts)
         while "Ray runtime started" not in (told := log.read_text()):
             assert process.poll() is None, f"{name} has ended: {told}"
             assert time.monotonic() < deadline, f"{name} does not start: {told}"
@@ -151,6 +156,16 @@ class Pods:
     def _environment_of(self, container: Mapping[str, Any]) -> dict[str, str]:
         own = {one["name"]: one["value"] for one in container.get("env", []) if "value" in one}
         return {**IMAGE_ENVIRONMENT, **own, **self.environment}
+
+
+def _processes_in(mounts: str) -> list[int]:
+    """Processes of a mount namespace; a mark in the environment would not do, over which Ray writes titles."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if folder.name.isdecimal() and os.readlink(folder / "ns" / "mnt") == mounts:
+                found.append(int(folder.name))
+    return found
 
 
 @contextlib.contextmanager
