@@ -170,6 +170,12 @@ class RunMetrics:
         with self._lock:
             self._gauges[series] = value
 
+    def ends_by(self, moment: float) -> None:
+        """Say when this run is ended, done or not, in seconds since 1970; of several such moments the first counts."""
+        series = self._series(DEADLINE, Kind.GAUGE, {})
+        with self._lock:
+            self._gauges[series] = min(moment, self._gauges.get(series, moment))
+
     def follow(self, metric: Metric, look: Callable[[], float], **labels: str) -> None:
         """Say where to look for a gauge each time it is handed on."""
         series = self._series(metric, Kind.GAUGE, labels)

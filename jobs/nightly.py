@@ -200,7 +200,7 @@ def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) ->
     until = None if seconds is None else started + seconds
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
     if until is not None:
-        metrics.set(run_metrics.DEADLINE, time.time() + until - time.monotonic())
+        metrics.ends_by(time.time() + until - time.monotonic())
     extracted = extract.run(recipe.extraction(), until=extract_until, as_run=night.part("extract"), **options)
     night.step()
     scored = score.run(recipe.scoring(), held=True, until=until, as_run=night.part("score"))

@@ -6,6 +6,7 @@ Not for: what a job does, or what a person reads while it runs (`jobs.outcome`).
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,10 @@ OUTCOMES = {
 }
 
 
+# Seconds for which whoever started this process surely lets it run; `engine manifest` writes it into the head's pod.
+ENDED_AFTER = "ENGINE_ENDED_AFTER_SECONDS"
+
+
 class Job(Protocol):
     """A module of `jobs/` with a verb's name."""
 
@@ -56,6 +61,8 @@ def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[
     stores, metrics, began = job.stores(recipe), RunMetrics(verb), time.time()
     metrics.set(run_metrics.IN_PROGRESS, 1)
     metrics.set(run_metrics.STARTED, began)
+    if ENDED_AFTER in os.environ:
+        metrics.ends_by(began + float(os.environ[ENDED_AFTER]))
     metrics.get_on()
     outcome: Outcome | None = None
     ended: BaseException | None = None

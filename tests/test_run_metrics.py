@@ -57,6 +57,13 @@ def test_a_gauge_is_handed_on_each_time_since_an_agent_forgets_it() -> None:
         ]
 
 
+def test_of_two_ends_of_a_run_the_first_counts() -> None:
+    metrics = RunMetrics("nightly")
+    for moment, first in ((1700.0, 1700.0), (1900.0, 1700.0), (1300.0, 1300.0)):
+        metrics.ends_by(moment)
+        assert told(metrics) == [("engine_deadline_timestamp_seconds", {"verb": "nightly"}, first)]
+
+
 def test_busy_stages_are_a_sum_and_a_distribution_and_idle_ones_nothing() -> None:
     metrics = RunMetrics("score")
     metrics.stages({"read": 0.25, "write": 0.0})

@@ -139,6 +139,11 @@ def ray_job(wish: JobWish, plan: PodPlan) -> Manifest:
     spec["entrypoint"] = " ".join([wish.entrypoint, *options])
     spec["suspend"], spec["backoffLimit"] = wish.suspend, wish.retries
     spec["activeDeadlineSeconds"] = wish.deadline_s
+    # The deadline counts from the RayJob's creation, of which the driver does not know: it is told what is left where
+    # nodes take as long to come as they may.
+    (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    left_s = max(0, wish.deadline_s - spec["preRunningDeadlineSeconds"])
+    head["env"].append({"name": "ENGINE_ENDED_AFTER_SECONDS", "value": str(left_s)})
     cluster = spec["rayClusterSpec"]
     cluster["rayVersion"] = importlib.metadata.version("ray")
     pattern = cluster["workerGroupSpecs"][0]

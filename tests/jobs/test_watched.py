@@ -52,6 +52,18 @@ def kept(table: Store) -> dict[str, Any]:
     return record
 
 
+def test_a_run_that_will_be_ended_says_when(table: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    class JobThatLooks(JobThatEnds):
+        def run(self, recipe: Any, *, as_run: Run, **options: Any) -> Outcome:
+            told = {change.metric.name: change.value for change in as_run.metrics.changes()}
+            seconds = told["engine_deadline_timestamp_seconds"] - told["engine_run_start_timestamp_seconds"]
+            return Outcome({"seconds": seconds})
+
+    monkeypatch.setenv("ENGINE_ENDED_AFTER_SECONDS", "41400")
+    outcome = run_watched("extract", JobThatLooks(table), None, RUN_ID, {})
+    assert outcome.summary == {"seconds": pytest.approx(41_400)}
+
+
 def test_a_run_that_is_done_is_kept_with_its_summary(table: Store) -> None:
     outcome = run_watched("extract", JobThatEnds(table), None, RUN_ID, {"rows": 7})
     record = kept(table)

@@ -20,10 +20,11 @@ from engine.kubernetes.pods import Wish
 from engine.storage import open_store
 from jobs.cli import main
 from jobs.extract import ExtractRecipe
+from jobs.watched import ENDED_AFTER
 from k8s import render
 from tests.embedding_tables import FINGERPRINT, publish_linear
 from tests.flows.archives import extract_recipe, write_recipe, write_shards
-from tests.k8s.rendering import OVERLAYS, ROOT, of_kind, overlay, pod_templates
+from tests.k8s.rendering import OVERLAYS, ROOT, containers, of_kind, overlay, pod_templates
 
 IMAGE = "registry.example.org/image-feature-engine:0.1.0"
 
@@ -110,6 +111,19 @@ def test_a_fine_tuning_that_came_to_nothing_is_not_trained_again(
     assert manifests(capsys, *command, "--retries", 2)["RayJob"]["spec"]["backoffLimit"] == 2
 
 
+def test_the_driver_is_told_how_long_it_surely_has(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["extract", ROOT / "jobs/recipes/extract_bucket.yaml", "--offline"]
+    for hours, seconds in ((12, "41400"), (0.25, "0")):  # half an hour may pass before it starts
+        job = manifests(capsys, *command, "--deadline-hours", hours)["RayJob"]
+        found = {
+            where.split()[-1]: variable["value"]
+            for where, container in containers(job)
+            for variable in container.get("env", [])
+            if variable["name"] == ENDED_AFTER
+        }
+        assert found == {"ray-head": seconds}
+
+
 def test_the_default_pods_are_those_of_a_wish(capsys: pytest.CaptureFixture[str]) -> None:
     made = manifests(capsys, "score", ROOT / "jobs/recipes/score_bucket.yaml", "--offline")
     (group,) = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -185,7 +199,9 @@ def test_scoring_straight_from_images_has_the_pods_of_an_extraction(
     for cpus, pods in ((2, 5), (3, 3), (8, 1)):
         made = manifests(capsys, "score", recipe, "--workers", 9, "--cpus", cpus)
         (group,) = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-        assert (group["minReplicas"], group["maxReplicas"]) == (1, pods)
+        assert (group["minReplicas"], group["maxReplicas"]) == (pods, pods), (
+            "actors are laid out on the nodes of the start"
+        )
         assert made["RayJob"]["spec"]["entrypoint"].endswith("compute.decode_tasks=5")
     made = manifests(capsys, "score", recipe, "--workers", 1, "--cpus", 2, "--gpus", 2)
     groups = made["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
