@@ -1,7 +1,7 @@
 """Labels straight from images: what an actor does behind the network, and what is then written. No Ray here.
 
 The stages before are `engine.extraction`'s. A prediction is computed from the very numbers that an embedding part would
-have, so that scoring such a part later gives the same.
+have, and on the CPU wherever the network is, so that scoring such a part later gives the same.
 """
 
 from __future__ import annotations

@@ -70,6 +70,13 @@ class Checkpoints:
         try:
             content = self._store.read(self._path)
         except ObjectNotFound:
+            if other := next(iter(self._store.names(_PREFIX)), None):
+                log.warning(
+                    "%s in %s is of other rows or settings, or another version of the engine wrote it: training starts "
+                    "anew",
+                    other,
+                    self._store.uri,
+                )
             return None
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from engine.config import load_recipe
 from engine.parts import path16_of
 from engine.storage import open_store
 from engine.tables import open_table
+from jobs import score
 from tests.commands import Ended, Engine, rows_of, start, wait_for_parts
-from tests.embedding_tables import publish_linear
+from tests.embedding_tables import publish_linear, publish_mlp
 from tests.flows.archives import crop_jpeg, extract_recipe, shard_bytes, write_recipe
 from tests.shards.archives import member, tar_bytes
 
@@ -49,10 +54,10 @@ def scored(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     limits = "limits: {max_reject_fraction: 0.02}"
     assert main(["extract", str(extract_recipe(folder, source.uri, str(folder / "embeddings"), limits))]) == 0
     record = json.loads((folder / "embeddings" / "_table.json").read_text())
-    for name, seed in (("one", 1), ("two", 2)):
-        random = np.random.default_rng(seed)
-        kernel_DK = random.normal(size=(record["width"], len(CLASSES)))
-        publish_linear(folder / name, kernel_DK, random.normal(size=len(CLASSES)), CLASSES, record)
+    random, width = np.random.default_rng(1), record["width"]
+    kernel_DK = random.normal(size=(width, len(CLASSES)))
+    publish_linear(folder / "one", kernel_DK, random.normal(size=len(CLASSES)), CLASSES, record)
+    publish_mlp(folder / "two", width, CLASSES, record)  # computed by Keras
     recipe = {
         "embeddings": {"uri": str(folder / "embeddings")},
         "bundles": bundles(folder, folder, "one", "two"),
@@ -96,7 +101,12 @@ def parts_in(table: Path) -> dict[str, bytes]:
 
 
 def times_in(table: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in table.rglob("*") if path.is_file()}
+    """Of all files but the records that each run leaves."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in table.rglob("*")
+        if path.is_file() and path.parent.name != "runs"
+    }
 
 
 def predictions_in(table: Path) -> pa.Table:
@@ -286,8 +296,20 @@ def test_embeddings_are_kept_as_extract_would_and_their_predictions_belong_to_th
         assert engine("verify", table).code == 0
 
 
+# The job without the command, which connects to a recipe's cluster before it runs the job.
+SCORE = """
+import pathlib
+import sys
+
+from engine.config import load_recipe
+from jobs.score import ScoreRecipe, run
+
+run(load_recipe(ScoreRecipe, pathlib.Path(sys.argv[1]), ["compute.address=127.0.0.1:1"]))
+"""
+
+
 def test_what_lacks_predictions_is_scored_from_its_embeddings_and_what_lacks_embeddings_from_its_images(
-    engine: Engine, scored: Path, folder: Path
+    engine: Engine, scored: Path, folder: Path, repository: Path
 ) -> None:
     recipe, table = recipe_of(scored, folder, "one", "two", kept=True), folder / "labels-two"
     require_done(engine("score", recipe, "--json"))
@@ -295,6 +317,18 @@ def test_what_lacks_predictions_is_scored_from_its_embeddings_and_what_lacks_emb
     sorted(table.glob("data/*"))[0].unlink()  # as a run leaves it that was killed between the two
     plan = json.loads(engine("score", recipe, "--plan", "--json").stdout)
     assert (plan["shards_pending"], plan["parts_to_score_from_embeddings"]) == (0, 1)
+    loaded = load_recipe(score.ScoreRecipe, recipe)
+    late = score.run(loaded, until=time.monotonic()).summary
+    assert (late["parts_left"], late["parts_read"], late["rows"]) == (1, 0, 0)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", SCORE, str(recipe)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert "ClusterError: Ray at 127.0.0.1:1 cannot be used" in elsewhere.stderr, elsewhere.stderr
     mended = require_done(engine("score", recipe, "--json"))
     assert [told["parts_written"] for told in mended["bundles"]] == [0, 1]
     assert (mended["parts_read"], mended["images"]["bytes_read"]) == (1, 0)

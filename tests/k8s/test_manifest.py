@@ -174,7 +174,7 @@ BACKBONE = {"kind": "keras_application", "name": "MobileNetV2", "weights": "rand
 
 
 def recipe_of_images(folder: Path, **blocks: Any) -> Path:
-    """Scores five shards of images with a bundle of a network that takes 32 pixels; its head has 40 numbers."""
+    """Scores five shards of images with a bundle of a network that takes 32 pixels."""
     write_shards(open_store(str(folder / "shards")), shards=5, images=3)
     made_with = {
         "fingerprint": FINGERPRINT,

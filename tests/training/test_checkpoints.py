@@ -145,3 +145,16 @@ def test_a_custom_head_whose_source_has_changed_is_another_training(tmp_path: Pa
             sys.path.remove(str(tmp_path))
             sys.modules.pop("changing_head", None)
     assert digests[0] != digests[1]
+
+
+def test_a_checkpoint_of_another_training_is_left_alone_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path))
+    ours, theirs = (Checkpoints(store, letter * 64, seconds=0, writes=True) for letter in "ab")
+    assert ours.read() is None and not caplog.text
+    theirs.write(State({"epoch": 3}, {}))
+    assert ours.read() is None
+    assert f"checkpoint.{'b' * 16}.npz in {store.uri} is of other rows or settings" in caplog.text
+    found = theirs.read()
+    assert found is not None and found.facts == {"epoch": 3}
