@@ -18,7 +18,8 @@ test: .venv/.installed  ## the test suite; `make test PYTEST="-n 0 -k storage"` 
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/README.md); `make chaos ROUNDS=5` for less
-	ENGINE_CHAOS_ROUNDS=$(or $(ROUNDS),20) .venv/bin/python -m pytest -rPs -v tests/faults tests/flows/test_interrupted_run.py
+	ENGINE_CHAOS_ROUNDS=$(or $(ROUNDS),20) .venv/bin/python -m pytest -rPs -v tests/faults tests/flows/test_interrupted_run.py \
+	  tests/flows/test_killed_nights.py tests/k8s/test_runs.py
 	ENGINE_CHAOS_ROUNDS=1 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/contracts/test_storage_contract.py \
 	  tests/test_storage.py tests/flows/test_three_jobs_on_s3.py tests/faults/test_faulty_storage.py
 	ENGINE_CHAOS_ROUNDS=3 ENGINE_CHAOS_ON=s3 ENGINE_TEST_S3=radosgw .venv/bin/python -m pytest -rPs -v tests/faults/test_chaos.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ SHARDS, IMAGES_PER_SHARD = 6, 40
 AGENT_TIMEOUT_S = 90
 # Each job is a whole one, with pods as large as a cluster's: 100 to 390 s on two cores that others kept busy.
 pytestmark = pytest.mark.timeout(600)
+when_long = pytest.mark.skipif("ENGINE_CHAOS_ROUNDS" not in os.environ, reason="`make chaos` runs it")
 TOKEN = "a-token-of-this-test-0123456789abcdef"
 
 
@@ -149,6 +151,7 @@ def test_extract_is_whole_although_a_node_is_lost_on_the_way(running: Running) -
     assert sorted(keys) == [f"{number:06d}" for number in range(SHARDS * IMAGES_PER_SHARD)]
 
 
+@when_long
 @pytest.mark.parametrize("verb", ["fit", "score"])
 def test_the_jobs_after_it_run_as_they_are_written(running: Running, verb: str) -> None:
     code, log = running.submit(verb)
@@ -157,6 +160,7 @@ def test_the_jobs_after_it_run_as_they_are_written(running: Running, verb: str) 
     assert any(running.features.sub(made[verb]).names()), log
 
 
+@when_long
 def test_finetune_runs_to_its_verdict(running: Running) -> None:
     """Crops of two photos are told apart without it, so that it may end with exit code 3."""
     code, log = running.submit("finetune")
@@ -164,6 +168,7 @@ def test_finetune_runs_to_its_verdict(running: Running) -> None:
     assert code == 0 or "failed with exit code 3" in log, log
 
 
+@when_long
 def test_a_night_labels_what_has_come_since(running: Running) -> None:
     write_archive(running.archive, SHARDS, 1)
     code, log = running.submit("nightly")
