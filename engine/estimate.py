@@ -220,7 +220,7 @@ class Estimate:
 
     @property
     def objects(self) -> int:
-        """Of the table, `_table.json` included."""
+        """Of the table, `_table.json` included; without the records of runs, one object, PUT and LIST for each run."""
         return self.parts + self.reject_files + 1
 
     @property
@@ -365,7 +365,10 @@ class Estimate:
             "for each shard: archive.images_per_shard / rows per part, rounded up",
         )
         yield Figure(
-            "objects of the table", self.objects, "objects", "parts x (1 + archive.parts_with_rejects) + 1"
+            "objects of the table",
+            self.objects,
+            "objects",
+            "parts x (1 + archive.parts_with_rejects) + 1; a record of each run comes on top",
         )
         yield Figure(
             "table", self.bytes_out, "bytes", "images x (table.width x 4 or 2 + table.bytes_per_row_beside)"

@@ -35,6 +35,8 @@ def requests_of(proxy: BreakingProxy, source: str, table: str) -> Counter[str]:
     for method, target in proxy.seen:
         parts = urlsplit(target)
         query = parse_qs(parts.query)
+        if f"{table}runs/" in (parts.path + query.get("prefix", [""])[0]):
+            continue  # the record of a run is beside what is estimated
         if "list-type" in query:
             found[f"LIST {query.get('prefix', [''])[0].removeprefix(table).removeprefix(source)}"] += 1
         elif method == "GET" and source in parts.path:
@@ -64,7 +66,7 @@ def test_a_small_extraction_makes_the_objects_and_requests_that_the_estimate_say
     table = open_store(f"{s3_uri}/table", direct)
     width = open_table(table).record["width"]
     estimate = Estimate(plan_on_paper(shard_bytes // IMAGES_PER_SHARD, width))
-    objects = list(table.list())
+    objects = [info for info in table.list() if not info.path.startswith("runs/")]
     assert estimate.shards == SHARDS
     assert estimate.parts == first.summary["parts_written"] == 9
     assert estimate.objects == len(objects)
