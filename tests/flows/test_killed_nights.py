@@ -15,6 +15,10 @@ from tests.commands import START_TIMEOUT_S, Engine, rows_of, start
 from tests.flows.archives import crop_label, shard_bytes, write_recipe
 from tests.processes import kill_process
 
+pytestmark = [
+    pytest.mark.skipif("ENGINE_CHAOS_ROUNDS" not in os.environ, reason="`make chaos` runs it"),
+    pytest.mark.timeout(1500),  # six nights, of which three are processes of their own
+]
 ROWS = 96  # of each shard: two parts
 SHARDS, NEW_SHARDS = 3, 6
 SECTIONS = {
@@ -79,7 +83,7 @@ def kill_when(archive: Archive, prefix: str, count: int, repository: Path) -> st
     deadline = time.monotonic() + START_TIMEOUT_S
     while archive.count(prefix) < count and night.poll() is None:
         assert time.monotonic() < deadline, f"nothing came to {prefix}"
-        time.sleep(0.002)
+        time.sleep(0.02)  # a listing is work for the store, too
     kill_process(night.pid)
     said, _ = night.communicate()
     assert night.returncode == -9, f"it ended by itself before {prefix} had {count}: {said}"
