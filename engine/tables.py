@@ -599,12 +599,13 @@ def parts_with_rejects(store: Store) -> list[PartName]:
 # ---------------------------------------------------------------- the sweep
 
 
-def sweep(store: Store, identity8_now: Callable[[str], str | None]) -> int:
+def sweep(store: Store, identity8_now: Callable[[str], str | None], may_have_copies: bool = True) -> int:
     """Delete parts of superseded versions: only where the version the shard has *now* is complete.
 
     Args:
         store: rooted at the table.
         identity8_now: asks the source for a shard's version (source8) by its path; None where the shard is gone.
+        may_have_copies: predictions have; an embedding table is spared that listing.
 
     Returns:
         Number of data parts deleted.
@@ -620,7 +621,8 @@ def sweep(store: Store, identity8_now: Callable[[str], str | None]) -> int:
     doomed = [name for name in candidates if (name.path16, name.source8) in superseded]
     _delete_parts(store, doomed)
     _sweep_orphaned_rejects(store, identity8_now)
-    _sweep_orphaned_copies(store, identity8_now)
+    if may_have_copies:
+        _sweep_orphaned_copies(store, identity8_now)
     return len(doomed)
 
 

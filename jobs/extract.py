@@ -206,16 +206,19 @@ def run_pass(
     for table, found in zip(work.stores(), records, strict=True):
         if found is None:
             require_writable(table)
+    fills_embeddings = work.labels is None or work.labels.job.keeps_embeddings
     num_groups = 0
     left = len(pending.works)
     if record is None or None in records or pending.works or not _names_same_backbone(recipe, record):
-        keeps_embeddings = work.labels is None or work.labels.job.keeps_embeddings
-        told = _Told(pending, totals, stop, as_run, keeps_embeddings)
+        told = _Told(pending, totals, stop, as_run, fills_embeddings)
         sizing, machines, num_groups, record = _extract(work, record, told, here)
         left -= totals.shards_done + totals.shards.failed
         if not stop.was_asked:
             totals.require_whole()
-    pruned = sum(_clean_up(recipe, source, table, pending, prune) for table in work.stores())
+    pruned = sum(
+        _clean_up(recipe, source, table, pending, prune, may_have_copies=not fills_embeddings)
+        for table in work.stores()
+    )
     reasons, over_budget = _judged(work, record)
     seconds = time.monotonic() - started
     summary = {
@@ -834,14 +837,20 @@ def _measure_shards(told: _Told) -> None:
 
 
 def _clean_up(
-    recipe: ImageRecipe, source: Store, table: Store, pending: PendingShards, with_prune: bool
+    recipe: ImageRecipe,
+    source: Store,
+    table: Store,
+    pending: PendingShards,
+    with_prune: bool,
+    *,
+    may_have_copies: bool,
 ) -> int:
     """Remove parts that are superseded, and if asked those of shards that are gone; how many of the latter."""
     from engine.shards.kinds import open_reader
     from engine.tables import prune, sweep, table_progress
 
     reader = open_reader(recipe.source, recipe.limits.max_sample_bytes)
-    swept = sweep(table, lambda path: _version_now(reader, source, path))
+    swept = sweep(table, lambda path: _version_now(reader, source, path), may_have_copies)
     if pending.regrouped:
         progress = table_progress(table)
         taken_over, _ = prune(
