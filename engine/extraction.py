@@ -42,7 +42,7 @@ from engine.schema import EmbeddingDtype, RejectReason, RejectStage, embeddings_
 from engine.shards.base import Resume, Sample, ShardReader
 from engine.shards.kinds import SourceConfig, open_reader
 from engine.storage import ObjectInfo, StorageConfig, Store, open_store
-from engine.tables import EmbeddingPartFacts, read_shard_facts, write_embedding_part
+from engine.tables import EmbeddingPartFacts, ShardPartFacts, read_shard_facts, write_embedding_part
 from engine.worklist import ShardWork
 
 PIXEL_BYTES_PER_PART = 64_000_000
@@ -840,10 +840,22 @@ def write_embeddings(job: ExtractJob, part: Part) -> ObjectInfo:
     Raises:
         EngineError: it does not account for every sample.
     """
-    require_accounted(part)
+    facts = EmbeddingPartFacts(**asdict(shard_facts(job, part)), embeddings_sha256="")
+    assert part.rejects is not None
+    store = open_store(job.table_uri, job.storage)
+    return write_embedding_part(store, name_of(part.header), embedding_rows(job, part), part.rejects, facts)
+
+
+def shard_facts(job: ExtractJob, part: Part) -> ShardPartFacts:
+    """What the footer of a part says of its shard, whatever is made of it.
+
+    Raises:
+        EngineError: a sample is neither a row nor a reject.
+    """
+    _require_accounted(part)
     assert part.rejects is not None
     header = part.header
-    facts = EmbeddingPartFacts(
+    return ShardPartFacts(
         fingerprint=header.fingerprint,
         source_uri=job.source.uri,
         shard=header.shard,
@@ -853,18 +865,11 @@ def write_embeddings(job: ExtractJob, part: Part) -> ObjectInfo:
         samples=header.samples,
         rejects=part.rejects.num_rows,
         rejects_sha256=None,
-        embeddings_sha256="",
     )
-    store = open_store(job.table_uri, job.storage)
-    return write_embedding_part(store, name_of(header), embedding_rows(job, part), part.rejects, facts)
 
 
-def require_accounted(part: Part) -> None:
-    """Every sample is a row or a reject.
-
-    Raises:
-        EngineError: one got lost between the stages.
-    """
+def _require_accounted(part: Part) -> None:
+    """Every sample is a row or a reject; EngineError where one got lost between the stages."""
     assert part.samples is not None and part.rejects is not None
     header = part.header
     if part.samples.num_rows + part.rejects.num_rows != header.samples:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
@@ -22,7 +22,7 @@ from engine.extraction import (
     embedding_rows,
     name_of,
     receipt_of,
-    require_accounted,
+    shard_facts,
     write_embeddings,
 )
 from engine.parts import prediction_name
@@ -102,26 +102,17 @@ def _write_beside_embeddings(job: ExtractJob, bundles: Sequence[BundleJob], part
 
 
 def _write_alone(job: ExtractJob, bundles: Sequence[BundleJob], part: Part) -> None:
-    require_accounted(part)
+    about_shard = asdict(shard_facts(job, part))
     assert part.rejects is not None
-    header = part.header
     for bundle, rows in zip(bundles, part.predictions, strict=True):
         if rows is None:
             continue
         assert bundle.recipe_sha256 is not None
         facts = ShardPredictionFacts(
-            fingerprint=header.fingerprint,
-            source_uri=job.source.uri,
-            shard=header.shard,
-            identity=header.identity,
-            begin_offset=header.begin_offset,
-            end_offset=header.end_offset,
-            samples=header.samples,
-            rejects=part.rejects.num_rows,
-            rejects_sha256=None,
+            **about_shard,
             bundle=bundle.bundle_id,
             recipe_sha256=bundle.recipe_sha256,
             engine_version=__version__,
         )
         table = open_store(bundle.table_uri, job.storage)
-        write_shard_predictions(table, name_of(header), rows, part.rejects, facts, bundle.decisions.also)
+        write_shard_predictions(table, name_of(part.header), rows, part.rejects, facts, bundle.decisions.also)
