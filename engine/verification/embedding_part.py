@@ -9,15 +9,14 @@ from engine.schema import EmbeddingDtype, embeddings_schema
 from engine.storage import Store
 from engine.tables import EmbeddingPartFacts, embeddings_digest, embeddings_matrix
 from engine.verification.findings import Damage
-from engine.verification.part import Checked, ListedPart, columns_fit, open_part, read_object
+from engine.verification.part import Checked, ListedPart, columns_fit, open_part
 from engine.verification.record import Claims
 from engine.verification.shard_samples import check_origin, check_rejects, check_samples, check_shard_column
 
 
 def check_embedding_part(store: Store, claims: Claims, part: ListedPart) -> Checked:
     checked = Checked(part)
-    encoded = read_object(store, checked, part.info)
-    opened = open_part(checked, encoded, EmbeddingPartFacts) if encoded is not None else None
+    opened = open_part(store, checked, EmbeddingPartFacts)
     if opened is None:
         return checked
     data, facts = opened

@@ -80,8 +80,11 @@ def read_object(store: Store, checked: Checked, info: ObjectInfo) -> bytes | Non
     return encoded
 
 
-def open_part(checked: Checked, encoded: bytes, facts_class: type[FactsT]) -> tuple[pa.Table, FactsT] | None:
-    """The part's table and its footer's facts; None, and a finding, where it has not got them."""
+def open_part(store: Store, checked: Checked, facts_class: type[FactsT]) -> tuple[pa.Table, FactsT] | None:
+    """The table and its footer's facts of the part that is checked; None, and a finding, where it has not got them."""
+    encoded = read_object(store, checked, checked.part.info)
+    if encoded is None:
+        return None
     try:
         file = pq.ParquetFile(io.BytesIO(encoded))
         footer = (file.schema_arrow.metadata or {}).get(FOOTER_KEY)

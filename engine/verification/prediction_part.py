@@ -13,15 +13,14 @@ from engine.schema import predictions_schema
 from engine.storage import Store
 from engine.tables import PredictionPartFacts, ShardPredictionFacts, embeddings_matrix
 from engine.verification.findings import Damage
-from engine.verification.part import Checked, ListedPart, check_indexes, columns_fit, open_part, read_object
+from engine.verification.part import Checked, ListedPart, check_indexes, columns_fit, open_part
 from engine.verification.record import Claims
 from engine.verification.shard_samples import check_origin, check_rejects, check_samples, check_shard_column
 
 
 def check_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Checked:
     checked = Checked(part)
-    encoded = read_object(store, checked, part.info)
-    opened = open_part(checked, encoded, PredictionPartFacts) if encoded is not None else None
+    opened = open_part(store, checked, PredictionPartFacts)
     if opened is None:
         return checked
     data, facts = opened
@@ -44,8 +43,7 @@ def check_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Che
 def check_shard_prediction_part(store: Store, claims: Claims, part: ListedPart) -> Checked:
     """One that was made straight from a shard: it accounts for every sample of its part of it."""
     checked = Checked(part)
-    encoded = read_object(store, checked, part.info)
-    opened = open_part(checked, encoded, ShardPredictionFacts) if encoded is not None else None
+    opened = open_part(store, checked, ShardPredictionFacts)
     if opened is None:
         return checked
     data, facts = opened

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,12 @@ def traces_of_fresh_processes(strategy_json: str, folder: Path, count: int = 1) 
         own.mkdir()
         command = [sys.executable, __file__, strategy_json, str(own)]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    require_done(running)
+    return [json.loads((folder / str(rank) / "trace.json").read_text()) for rank in range(count)]
+
+
+def require_done(running: Sequence[subprocess.Popen[str]]) -> None:
+    """Each must end well; none is left behind."""
     try:
         for process in running:
             _, stderr = process.communicate(timeout=170)
@@ -101,7 +108,7 @@ def traces_of_fresh_processes(strategy_json: str, folder: Path, count: int = 1) 
     finally:
         for process in running:
             process.kill()
-    return [json.loads((folder / str(rank) / "trace.json").read_text()) for rank in range(count)]
+            process.wait(10)
 
 
 def free_addresses(count: int) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from engine.strategies.kinds import Mirrored, MultiWorker, OneDevice, open_strategy
 from engine.strategies.workers import Workers
-from tests.contracts.test_strategy_contract import free_addresses
+from tests.contracts.test_strategy_contract import free_addresses, require_done
 
 ROOT = Path(__file__).parents[2]
 COUNT = 2
@@ -56,14 +56,7 @@ def test_two_workers_hear_the_same_sums_and_the_bytes_of_each(tmp_path: Path) ->
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": described}
         command = [sys.executable, __file__, str(tmp_path / f"{rank}.json")]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in running:
-            _, stderr = process.communicate(timeout=170)
-            assert process.returncode == 0, stderr[-3000:]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait(10)
+    require_done(running)
     for rank in range(COUNT):
         heard = json.loads((tmp_path / f"{rank}.json").read_text())
         assert heard["who"] == [rank, 2, 1]
