@@ -69,8 +69,10 @@ class S3Store(Store):
     def info(self, path: str) -> ObjectInfo:
         place = self._place(path)
         answer = self._call("find", path, lambda client: client.head_object(**place))
-        size, modified = answer["ContentLength"], answer["LastModified"].timestamp()
-        return ObjectInfo(path, size, identity_of(answer["ETag"], size), modified)
+        size, modified = answer["ContentLength"], answer.get("LastModified")  # HTTP lets a store leave it out
+        return ObjectInfo(
+            path, size, identity_of(answer["ETag"], size), None if modified is None else modified.timestamp()
+        )
 
     def read(
         self, path: str, offset: int = 0, length: int | None = None, expected: ObjectInfo | None = None
