@@ -68,12 +68,12 @@ def wait_for_parts(table: Path | Store, count: int, process: subprocess.Popen[st
         time.sleep(0.02)
 
 
-def rows_of(table: Path | Store, columns: list[str]) -> pa.Table:
-    """Columns of a table, sorted by (shard, index)."""
+def rows_of(table: Path | Store, columns: list[str], kind: str = "embeddings") -> pa.Table:
+    """Columns of a table, or of its predictions, sorted by (shard, index)."""
     from engine.tables import open_table
 
     order = ["shard", "index"]
-    rows = open_table(_store_of(table)).read(list(dict.fromkeys([*columns, *order])))
+    rows = open_table(_store_of(table), kind).read(list(dict.fromkeys([*columns, *order])))
     return rows.sort_by([(name, "ascending") for name in order]).select(columns)
 
 

@@ -129,7 +129,8 @@ def one_more(archive: Archive) -> str:
 
 
 def predicted(table: Store) -> pa.Table:
-    return rows_of(table, ["key", "shard", "index", "label", "confidence", "top_labels", "top_confidences"])
+    columns = ["key", "shard", "index", "label", "confidence", "top_labels", "top_confidences"]
+    return rows_of(table, columns, "predictions")
 
 
 def endpoint(archive: Archive) -> tuple[str, ...]:
