@@ -69,6 +69,9 @@ TARGET_BLOCK_BYTES = 1 << 20
 DOWNSTREAM_CAPACITY_RATIO = 10.0
 # One part is computed on while the other is unpacked, or its answer is put away; a GPU goes on with it at once.
 PARTS_IN_FLIGHT_PER_ACTOR = 2
+# Ray Data adds an actor once this share of the calls that its actors may compute at once is taken. Its default of 1.75
+# counts on calls that wait in an actor, of which ours have none: no pool ever grew (Ray 2.60, 2026-11-23).
+BUSY_SHARE_TO_GROW = 0.9
 # Stages take turns in being idle. Ray's default of one second ended their processes meanwhile, and 8,000 images took
 # 7 s longer for starting others (two cores, 2026-11-22).
 IDLE_WORKER_MS = 600_000
@@ -434,6 +437,7 @@ def _set_data_context(bytes_in_flight: float = math.inf) -> None:
     context.enable_progress_bars = False
     context.enable_rich_progress_bars = False
     context.downstream_capacity_backpressure_ratio = DOWNSTREAM_CAPACITY_RATIO
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = BUSY_SHARE_TO_GROW
     context.log_internal_stack_trace_to_stdout = False
     context.issue_detectors_config.detectors = []  # they measure a reused process, and blame the stage it runs now
 

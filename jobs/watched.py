@@ -6,6 +6,7 @@ Not for: what a job does, or what a person reads while it runs (`jobs.outcome`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from engine.errors import (
     EXIT_JUDGED,
     ClusterError,
     EngineError,
+    RecipeError,
     StorageError,
 )
 from engine.run_metrics import RunMetrics
@@ -58,11 +60,12 @@ class Job(Protocol):
 
 def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[str, Any]) -> Outcome:
     """Run a job; what it raises is raised, after it has been counted and kept."""
+    ended_after_s = _ended_after_s()
     stores, metrics, began = job.stores(recipe), RunMetrics(verb), time.time()
     metrics.set(run_metrics.IN_PROGRESS, 1)
     metrics.set(run_metrics.STARTED, began)
-    if ENDED_AFTER in os.environ:
-        metrics.ends_by(began + float(os.environ[ENDED_AFTER]))
+    if ended_after_s is not None:
+        metrics.ends_by(began + ended_after_s)
     metrics.get_on()
     outcome: Outcome | None = None
     ended: BaseException | None = None
@@ -80,6 +83,29 @@ def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[
             if not isinstance(ended, ClusterError):  # then there is nobody to tell
                 _connect(run, job.cluster_address(recipe))
     return outcome
+
+
+def _ended_after_s() -> float | None:
+    """What the environment says, None where it says nothing.
+
+    Raises:
+        RecipeError: it is no number of seconds.
+    """
+    text = os.environ.get(ENDED_AFTER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RecipeError(
+            f"{ENDED_AFTER}: no number of seconds",
+            found=repr(text),
+            wanted="for example 41400",
+            way_out="correct it where the process is started, or unset it: it only tells when an alert is due",
+        )
+    return seconds
 
 
 def _connect(run: Run, address: str | None) -> None:

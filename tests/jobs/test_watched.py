@@ -64,6 +64,15 @@ def test_a_run_that_will_be_ended_says_when(table: Store, monkeypatch: pytest.Mo
     assert outcome.summary == {"seconds": pytest.approx(41_400)}
 
 
+@pytest.mark.parametrize("text", ["", "11h", "0", "-3", "inf", "nan"])
+def test_an_end_that_is_no_number_of_seconds_is_refused(
+    table: Store, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("ENGINE_ENDED_AFTER_SECONDS", text)
+    with pytest.raises(RecipeError, match="ENGINE_ENDED_AFTER_SECONDS: no number of seconds"):
+        run_watched("extract", JobThatEnds(table), None, RUN_ID, {})
+
+
 def test_a_run_that_is_done_is_kept_with_its_summary(table: Store) -> None:
     outcome = run_watched("extract", JobThatEnds(table), None, RUN_ID, {"rows": 7})
     record = kept(table)
