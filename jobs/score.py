@@ -88,9 +88,10 @@ class ScoreRecipe(Config):
         uses = Counter(bundle.output.uri for bundle in self.bundles)
         if shared := [uri for uri, count in uses.items() if count > 1]:
             raise ValueError(f"each bundle needs an output.uri of its own; given twice: {', '.join(shared)}")
-        if self.output.uri in uses:
+        embeddings = self.output.uri if self.embeddings is None else self.embeddings.uri
+        if embeddings in uses:
             raise ValueError(
-                f"output.uri is where embeddings are kept, and cannot be a bundle's output.uri: {self.output.uri}"
+                f"{embeddings} is the place of embeddings, and cannot be a bundle's output.uri too"
             )
         return self
 
