@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -23,14 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ClusterError, EngineError
+from engine.quiet_start import without_routine
 
 _POLL_S = 0.02
 _PREFIX = "engine-beside-"
 _SURELY_LOCKED_S = 60.0  # after that a folder's maker has its lock, or is gone
-_ROUTINE = re.compile(
-    r"I\d{4} |\d{4}-\d\d-\d\d [\d:.]+: I |WARNING: All log messages before absl"
-    r"|To enable the following instructions"
-)
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,8 @@ def _tell_of_its_end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def _last_words(log: str) -> str:
-    """The end of a log without what TensorFlow says at every start: glog's INFO lines and what goes with them."""
-    lines = (line for line in log.splitlines() if line.strip() and not _ROUTINE.match(line))
-    return "\n".join(lines)[-2000:]
+    """The end of a log without what TensorFlow says at every start."""
+    return "\n".join(without_routine(log))[-2000:]
 
 
 def _write_answer(folder: Path, answer: Any, error: EngineError | None) -> None:

@@ -76,6 +76,18 @@ def check_recipe(model: type[RecipeT], document: Mapping[str, Any], origin: str 
         raise RecipeError(_explain(error, model, origin)) from None
 
 
+def read_value(name: str, text: str) -> Any:
+    """One value of a recipe as it is written on a command line.
+
+    Raises:
+        RecipeError: it is not YAML.
+    """
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} {text}: not YAML", found=" ".join(str(error).split())) from None
+
+
 def parse_yaml(text: str) -> Any:
     """What a YAML text of our own says."""
     return yaml.load(text, Loader=_UniqueKeyLoader)

@@ -62,11 +62,9 @@ def _as_label_map(given: Any) -> Any:
     return {name: str(label) for name, label in given.items()}
 
 
-class PredictionOutput(Config):
-    """Where predictions are written, and what they say."""
+class PredictionForm(Config):
+    """What predictions say."""
 
-    uri: Uri
-    """Folder of the prediction table."""
     top_k: int = Field(5, ge=1, le=1000)
     """Candidates kept for each row; never more than there are classes."""
     min_confidence: Annotated[
@@ -84,6 +82,13 @@ class PredictionOutput(Config):
     has. Classes with the same id stay candidates of their own."""
     unmapped: Literal["refuse", "keep"] = "refuse"
     """Classes that `label_map` does not name: `refuse` the run, or `keep` their own names."""
+
+
+class PredictionOutput(PredictionForm):
+    """Where predictions are written, and what they say."""
+
+    uri: Uri
+    """Folder of the prediction table."""
     also: tuple[Literal["jsonl", "csv"], ...] = ()
     """Copies of each part for people, beside the Parquet ones: `<table>/also/<part>.jsonl` or `.csv`."""
 
@@ -116,7 +121,7 @@ class Decisions:
 
 
 def decisions_of(
-    output: PredictionOutput,
+    output: PredictionForm,
     classes: Sequence[str],
     storage: StorageConfig,
     bundle_uri: str,
@@ -141,14 +146,15 @@ def decisions_of(
     if output.label_map is not None:
         labels = _mapped(output, classes, storage, bundle_uri, class_ids)
         contract |= {f"label_map.{name}": label for name, label in zip(classes, labels, strict=True)}
-    if output.also:
-        contract["also"] = list(output.also)
+    also = output.also if isinstance(output, PredictionOutput) else ()
+    if also:
+        contract["also"] = list(also)
     min_confidences = tuple(apart.get(name, wanted.default) for name in classes)
-    return Decisions(output.top_k, min_confidences, labels, output.also, contract)
+    return Decisions(output.top_k, min_confidences, labels, also, contract)
 
 
 def _mapped(
-    output: PredictionOutput,
+    output: PredictionForm,
     classes: Sequence[str],
     storage: StorageConfig,
     bundle_uri: str,

@@ -621,9 +621,14 @@ class _EncodedBuilder:
         if self._decoding is not None:
             return self._decoding.finish(last, bytes_read, read_s)
         header = replace(self._header, last=last, bytes_read=bytes_read, read_s=read_s)
-        table = _table_of(self._samples)
-        self._samples.clear()  # the images are in the table now
-        return Part(header, encoded=table)
+        part = encoded_part(header, self._samples)
+        self._samples.clear()  # the images are in the part now
+        return part
+
+
+def encoded_part(header: PartHeader, samples: Sequence[Sample]) -> Part:
+    """A part of samples as they were read, for `decode_part`."""
+    return Part(header, encoded=_table_of(samples))
 
 
 _SAMPLES_AS_READ = pa.schema(

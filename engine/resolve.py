@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from engine import resolution_cache
 from engine.backbones.fingerprint import fingerprint, fingerprint_fields, tensor_digest
 from engine.backbones.kinds import BackboneConfig, build_backbone
 from engine.embedder import Embedder
-from engine.errors import CanaryMismatch, ShardDamaged, StorageError
+from engine.errors import BundleError, CanaryMismatch, ShardDamaged, StorageError
 from engine.images import DECODE_VERSION, ImageRejected, decode_image
 from engine.recipes import Limits
 from engine.runtime_choice import Images, Trial, choose_runtime
@@ -209,6 +210,25 @@ def _keep(name: str, found: Resolution) -> None:
         "peak_bytes": found.peak_bytes,
     }
     resolution_cache.save(name, facts, found.graph.graph_def)
+
+
+def stated_network(made_with: Mapping[str, Any]) -> tuple[BackboneConfig, RuntimeConfig]:
+    """The network and its runtime as the record of an embedding table states them, for a bundle that was fitted on it.
+
+    Raises:
+        BundleError: it states none, or one that this engine does not know.
+    """
+    try:
+        return (
+            TypeAdapter(BackboneConfig).validate_python(made_with["backbone"]),
+            TypeAdapter(RuntimeConfig).validate_python(made_with["runtime"]),
+        )
+    except (KeyError, ValidationError) as error:
+        raise BundleError(
+            "bundles: what they were fitted on names no network that this engine knows",
+            found=" ".join(str(error).split())[:300],
+            way_out="score embeddings of that table, or fit on a table that this engine has made",
+        ) from None
 
 
 def check_fields(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:

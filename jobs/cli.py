@@ -102,6 +102,13 @@ class ResizeName(StrEnum):
     CENTER_CROP = "center_crop"
 
 
+class UnmappedName(StrEnum):
+    """What `PredictionForm.unmapped` may be."""
+
+    REFUSE = "refuse"
+    KEEP = "keep"
+
+
 RECIPE_CLASSES = {
     "extract": "ExtractRecipe",
     "fit": "FitRecipe",
@@ -409,6 +416,80 @@ def review(  # noqa: PLR0913, PLR0917 (each is an option)
 
 
 @app.command()
+def predict(  # noqa: PLR0913, PLR0917 (each is an option)
+    bundle: Annotated[
+        str, typer.Argument(help="URI of a bundle, of `engine fit`, `finetune` or `imagenet`.")
+    ],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Image files or folders of them, as paths or URIs, at most 1,000; - is one image on stdin."
+        ),
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE_OR_URI", help="One more of IMAGES; may be repeated.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Candidates shown for each image.")] = 5,
+    min_confidence: Annotated[
+        str,
+        typer.Option(
+            metavar="NUMBER|YAML",
+            help="Confidence below which there is no label; or {default: 0.5, classes: {cat: 0.9}}.",
+        ),
+    ] = "0.0",
+    label_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI|YAML",
+            help="Your ids for the classes: a .csv, .tsv or .parquet file, {cat: id-7, dog: id-9}, or class_ids.",
+        ),
+    ] = None,
+    unmapped: Annotated[
+        UnmappedName, typer.Option(help="Classes that --label-map does not name.")
+    ] = UnmappedName.REFUSE,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="Also draw images and bars side by side: a new .png or .svg, of 24 at most.",
+        ),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a bundle sees in some images: label, confidence, and a bar for each of the best candidates.
+
+    Decoded, embedded and classified as `engine score` would, in this process, on its processors. An image that cannot
+    be decoded, or is not there, is named with its reason; the others are labelled, and the exit code is 3. Keys for S3
+    come from the usual AWS environment or role.
+    """
+    from rich.console import Console
+
+    from engine.config import read_value
+    from jobs.outcome import console as stderr
+    from jobs.predict import predict as predict_images
+
+    storage = _storage("predict", endpoint_url, region, anonymous)
+    form = {
+        "top_k": top_k,
+        "min_confidence": read_value("--min-confidence", min_confidence),
+        "label_map": None if label_map is None else read_value("--label-map", label_map),
+        "unmapped": unmapped.value,
+    }
+    shown = stderr if as_json else Console(highlight=False, soft_wrap=True)
+    with _interruptible():
+        outcome = predict_images(bundle, [*(image or ()), *(images or ())], form, storage, save, shown)
+    if as_json:
+        print(json.dumps(outcome.summary))
+    elif outcome.summary["picture"]:
+        print(f"drawn: {outcome.summary['picture']}", file=sys.stderr)
+    if outcome.verdict is not None:
+        raise outcome.verdict
+
+
+@app.command()
 def export(
     bundle: Annotated[str, typer.Argument(help="URI of a bundle.")],
     target: Annotated[str, typer.Argument(help="URI of the folder for the SavedModel; it must be empty.")],
@@ -424,7 +505,7 @@ def export(
     them by its own rules, so that probabilities differ a little, and pictures that say they are turned are not.
     Keys for S3 come from the usual AWS environment or role.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded
+    _import_tensorflow()
     from engine.export import export_bundle
     from engine.heads.bundle import open_bundle
     from engine.storage import open_store
@@ -463,7 +544,7 @@ def imagenet(  # noqa: PLR0913, PLR0917 (each is an option)
     `label_map: class_ids` a prediction table has WordNet's ids instead. Keys for S3 come from the usual AWS environment
     or role.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded
+    _import_tensorflow()
     from engine.imagenet import publish_imagenet_bundle
     from engine.storage import open_store
 
@@ -510,13 +591,11 @@ def backbones(  # noqa: PLR0913, PLR0917 (each is an option)
     as_json: Json = False,
 ) -> None:
     """List the backbones, or show one: parameters, trainable and frozen, layers, width, scaling."""
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # before TensorFlow is loaded: this verb computes nothing
     from engine.backbones.kinds import backbone_names, describe_backbone
 
     if name is None and layers:
         raise typer.BadParameter("--layers belongs to one NAME")
+    _import_tensorflow()
     if name is not None:
         facts = describe_backbone(
             name,
@@ -752,6 +831,14 @@ def _check_arguments(verb: str, recipe: Path, arguments: Sequence[str]) -> None:
     context = command.commands[verb].make_context(f"engine {verb}", [str(recipe), *arguments])
     if context.params.get("overrides"):
         raise typer.BadParameter("--set belongs before the `--`: the recipe is checked before it is sent")
+
+
+def _import_tensorflow() -> None:
+    """For a verb that computes in this process; without the lines that TensorFlow has for every start."""
+    from engine.quiet_start import quiet_start
+
+    with quiet_start():
+        import engine.runtimes.tensorflow  # noqa: F401
 
 
 def _storage(verb: str, endpoint_url: str | None, region: str | None, anonymous: bool) -> StorageConfig:

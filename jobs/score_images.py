@@ -12,12 +12,8 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from engine.backbones.kinds import BackboneConfig
 from engine.errors import BundleError, ContractMismatch, RecipeError
 from engine.recipes import EmbeddingForm, EmbeddingOutput
-from engine.runtimes.kinds import RuntimeConfig
 from jobs.extract import (
     ImagePass,
     ImageRecipe,
@@ -243,18 +239,11 @@ def _require_of_images(work: ImagePass) -> None:
 
 def _image_recipe(recipe: ScoreRecipe, form: EmbeddingForm, made_with: Record) -> ImageRecipe:
     """What makes the embeddings: as the recipe says, and where it says nothing as they were made for the bundles."""
+    from engine.resolve import stated_network
     from engine.runtimes.kinds import settled_runtime
 
     assert recipe.source is not None
-    try:
-        stated = TypeAdapter(BackboneConfig).validate_python(made_with["backbone"])
-        runtime = TypeAdapter(RuntimeConfig).validate_python(made_with["runtime"])
-    except (KeyError, ValidationError) as error:
-        raise BundleError(
-            "bundles: what they were fitted on names no network that this engine knows",
-            found=" ".join(str(error).split())[:300],
-            way_out="score embeddings of that table, or fit on a table that this engine has made",
-        ) from None
+    stated, runtime = stated_network(made_with)
     if recipe.runtime is not None:
         runtime = settled_runtime(recipe.runtime, made_with["runtime"])
     wanted = made_with["contract"].get("runtime.precision", runtime.precision)

@@ -48,6 +48,10 @@ HEADS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
+    return record_of_backbone()
+
+
+def record_of_backbone() -> dict[str, Any]:
     """Of an embedding table that this backbone has made."""
     backbone = TypeAdapter(BackboneConfig).validate_python(BACKBONE)
     found = resolve(Network(backbone, TensorFlowRuntimeConfig(), StorageConfig()), None)

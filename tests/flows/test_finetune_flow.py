@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.dataset as ds
 import pytest
 
 from engine.storage import open_store
 from tests.commands import Engine
-from tests.flows.archives import write_recipe, write_shards
+from tests.flows.archives import crop_jpeg, write_recipe, write_shards
 
 IMAGES = 60
 RECIPE = """
@@ -65,6 +66,12 @@ def test_a_new_backbone_is_extracted_with_and_its_bundle_scores(engine: Engine, 
     ended = engine("score", write_recipe(folder, "score.yaml", json.dumps(score)), "--json")
     assert ended.code == 0, ended.stderr
     assert ended.summary["rows"] == IMAGES
+    (folder / "photo.jpg").write_bytes(crop_jpeg(7)[0])
+    (predicted,) = engine("predict", summary["bundle"], folder / "photo.jpg", "--json").summary["predictions"]
+    rows = ds.dataset(folder / "predictions" / "data").to_table().to_pylist()
+    (row,) = (row for row in rows if row["key"] == "000007")
+    assert predicted["label"] == row["label"]
+    assert predicted["confidence"] == pytest.approx(row["confidence"], abs=1e-5)
 
 
 def test_what_did_not_help_leaves_with_3_and_the_old_bundle(engine: Engine, folder: Path) -> None:

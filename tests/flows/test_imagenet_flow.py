@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pyarrow.dataset as ds
+import pytest
 
 from engine.imagenet import imagenet_classes
 from tests.commands import Engine
@@ -49,6 +50,11 @@ def test_photos_are_labelled_by_a_network_that_nobody_trained_here(engine: Engin
         (name,) = (name for name in PHOTOS if key in name or name in key)
         assert row["label"] in PHOTOS[name], row
         assert row["confidence"] > 0.2
+    predicted = engine("predict", tmp_path / "bundle", tmp_path / "photos", "--json").summary["predictions"]
+    assert len(predicted) == len(PHOTOS)
+    for one in predicted:
+        row = rows[Path(one["image"]).name]
+        assert (one["label"], one["confidence"]) == (row["label"], pytest.approx(row["confidence"], abs=1e-5))
     id_of = {one.label: one.wordnet_id for one in imagenet_classes()}
     ids = {row["key"]: row["label"] for row in ds.dataset(tmp_path / "ids" / "data").to_table().to_pylist()}
     assert ids == {key: id_of[row["label"]] for key, row in rows.items()}

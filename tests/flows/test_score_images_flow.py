@@ -152,6 +152,24 @@ def test_images_are_labelled_to_the_bit_as_their_embeddings_are(
     assert times_in(folder) == before
 
 
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_single_images_are_labelled_as_their_rows_are(
+    engine: Engine, scored: Path, tmp_path: Path, name: str
+) -> None:
+    rows = {row["key"]: row for row in predictions_in(scored / f"labels-{name}").to_pylist()}
+    numbers = range(SHARDS["a.tar"])
+    for number in numbers:
+        (tmp_path / f"{number:06d}.jpg").write_bytes(crop_jpeg(number)[0])
+    summary = require_done(engine("predict", scored / name, tmp_path, "--top-k", 3, "--json"))
+    assert [Path(one["image"]).stem for one in summary["predictions"]] == [f"{one:06d}" for one in numbers]
+    for one in summary["predictions"]:
+        row = rows[Path(one["image"]).stem]
+        assert (one["label"], summary["bundle_id"]) == (row["label"], row["bundle"])
+        assert [top["label"] for top in one["top"]] == row["top_labels"]
+        confidences = [top["confidence"] for top in one["top"]]
+        assert confidences == pytest.approx(row["top_confidences"], abs=1e-5)
+
+
 def test_the_lineage_of_such_predictions_says_that_there_are_no_embeddings(
     engine: Engine, scored: Path, folder: Path
 ) -> None:

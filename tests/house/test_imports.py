@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "parquet_footer",
         "run_metrics",
         "log_lines",
+        "quiet_start",
     ),
     ("parts", "storage", "beside", "plain_pages", "copies"),
     (
@@ -49,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "imagenet",
         "inspection",
         "plan",
+        "prediction",
         "review",
         "sizing",
         "verification",
@@ -116,7 +118,7 @@ def test_imports_only_go_down(repository: Path) -> None:
         ("PIL", ("engine/images.py", "jobs/demo_images.py")),
         ("openvino", ("engine/runtimes/",)),
         ("cv2", ("engine/images.py",)),
-        ("matplotlib", ("engine/report/plots.py",)),
+        ("matplotlib", ("engine/report/plots.py", "engine/prediction/picture.py")),
         ("jinja2", ("engine/report/page.py",)),
     ],
 )
@@ -148,6 +150,7 @@ def test_tensorflow_is_imported_only_where_numbers_are_computed(repository: Path
         ["extract", "no-such-recipe.yaml"],
         ["schema", "extract"],
         ["fit", "--help"],
+        ["predict", "--help"],
         ["submit", "no-such-recipe.yaml", "--verb", "extract"],
     ],
 )
