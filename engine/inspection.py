@@ -13,17 +13,32 @@ from dataclasses import asdict
 from typing import Any
 
 from engine.config import stable_hash
-from engine.errors import BundleError, EngineError, ObjectNotFound, TableDamaged
+from engine.errors import BundleError, EngineError, ObjectChanged, ObjectNotFound, TableDamaged
 from engine.heads.bundle import MANIFEST, Bundle, open_bundle, report_uri
+from engine.images import ImageRejected, decode_image
 from engine.lineage import lineage_of_part, lineage_of_table
 from engine.night import HELD_FOLDER, held_store, last_night
 from engine.parts import PartName, TableProgress, parse_part_name
+from engine.recipes import Limits
 from engine.run_record import last_run
-from engine.storage import Store, open_store
-from engine.tables import DATA_FOLDER, RECORD_NAME, REJECTS_FOLDER, is_of_images, part_names
+from engine.shards.base import Resume
+from engine.shards.guess import SourceGuess, Tally, guess_or_reason
+from engine.shards.kinds import open_reader
+from engine.storage import ObjectInfo, Store, open_store
+from engine.tables import (
+    DATA_FOLDER,
+    RECORD_NAME,
+    REJECTS_FOLDER,
+    is_of_images,
+    is_read,
+    part_names,
+    rows_and_columns,
+)
 
 CLASSES_SHOWN = 12
 EXAMPLES = 3
+FOOTERS_READ = 500  # 60 round trips, one after another; of larger tables rows are not counted
+SIDE_LOOKED_AT_PX = 32  # of the first sample: enough to know that it can be decoded
 _DAMAGED = "DAMAGED"
 # Of a table's record, those fields that it has, in this order.
 _OF_RECORD = (
@@ -134,6 +149,7 @@ def _inspect_table(store: Store) -> dict[str, Any]:
         "shards_complete": whole,
         "parts": len(listed),
         "bytes": sum(info.size for info in listed),
+        **_rows_of(store, progress, listed),
     }
     if record["kind"] != "predictions" or is_of_images(record):
         facts["parts_with_rejects"] = sum(1 for _ in store.names(REJECTS_FOLDER))
@@ -142,6 +158,19 @@ def _inspect_table(store: Store) -> dict[str, Any]:
         return facts
     steps = [asdict(step) for step in lineage_of_table(store, record)]
     return facts | _nights_of(store) | {"lineage": steps}
+
+
+def _rows_of(store: Store, progress: TableProgress, listed: Sequence[ObjectInfo]) -> dict[str, Any]:
+    """Rows that readers see and the columns that they have, where that takes no more than a moment."""
+    names = [(parse_part_name(info.path), info) for info in listed]
+    read = [info for name, info in names if name is not None and is_read(progress, name)]
+    if not read or len(read) > FOOTERS_READ:
+        return {}
+    try:
+        rows, columns = rows_and_columns(store, read)
+    except (TableDamaged, ObjectChanged, ObjectNotFound) as error:
+        return {"rows": f"{_DAMAGED}: {error.thing}"}
+    return {"rows": rows, "columns": columns}
 
 
 def _last_run_of(store: Store) -> dict[str, Any]:
@@ -195,7 +224,9 @@ def _inspect_files(store: Store) -> dict[str, Any]:
     count = size = 0
     endings: Counter[str] = Counter()
     examples: list[str] = []
+    tally = Tally()
     for info in store.list():
+        tally.add(info)
         count, size = count + 1, size + info.size
         endings[_ending(info.path)] += 1
         if len(examples) < EXAMPLES:
@@ -206,7 +237,7 @@ def _inspect_files(store: Store) -> dict[str, Any]:
             wanted=f"a bundle ({MANIFEST}), a table ({RECORD_NAME}) or files",
             way_out="check the URI",
         )
-    return {
+    facts = {
         "kind": "files",
         "uri": store.uri,
         "files": count,
@@ -214,6 +245,42 @@ def _inspect_files(store: Store) -> dict[str, Any]:
         "endings": dict(endings.most_common(EXAMPLES * 2)),
         "examples": examples,
     }
+    return facts | _source_of(tally, store)
+
+
+def _source_of(tally: Tally, store: Store) -> dict[str, Any]:
+    """What the files seem to be as a source of images, and the first sample as a recipe's reader gives it."""
+    guess = guess_or_reason(tally, store)
+    if not isinstance(guess, SourceGuess):
+        return {} if guess is None else {"no_source": guess}
+    return {
+        "source_kind": guess.config.kind,
+        ("images" if guess.config.kind == "files" else "shards"): guess.shards,
+        "bytes_of_one": {"smallest": guess.smallest, "largest": guess.largest},
+        "first_record": guess.record,
+        "first_sample": _first_sample(guess, store),
+        "source": guess.block(),
+    }
+
+
+def _first_sample(guess: SourceGuess, store: Store) -> dict[str, Any] | str:
+    """Read with the block that is suggested, and its image decoded; or what is in the way."""
+    limits = Limits()
+    reader = open_reader(guess.config, limits.max_sample_bytes)
+    try:
+        shard = next(reader.list_shards(store))
+        sample = next(reader.read(store, shard, Resume()))
+        if sample.problem is not None or sample.image is None:
+            return f"{sample.key}: {': '.join(sample.problem or ('no image',))}"
+        decoded = decode_image(sample.image, SIDE_LOOKED_AT_PX, "stretch", limits.max_pixels)
+    except StopIteration:
+        return "the first shard has no samples"
+    except (EngineError, ImageRejected) as error:
+        return " ".join(str(error).split())
+    told: dict[str, Any] = {"key": sample.key, "label": sample.label}
+    told |= dict(zip(guess.config.metadata_columns(), sample.metadata, strict=True))
+    size = {"width_px": decoded.width_px, "height_px": decoded.height_px, "bytes": sample.size_bytes}
+    return told | size
 
 
 def _ending(path: str) -> str:

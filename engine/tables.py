@@ -479,6 +479,26 @@ class Table:
         )
 
 
+def rows_and_columns(store: Store, parts: Sequence[ObjectInfo]) -> tuple[int, list[str]]:
+    """Rows of some parts in all, and the columns of the first, by ranged reads of their ends.
+
+    Raises:
+        ObjectNotFound, ObjectChanged: a part is gone, or was rewritten since it was listed.
+        TableDamaged: a file is not Parquet.
+    """
+
+    def footer(info: ObjectInfo) -> pq.FileMetaData:
+        try:
+            return pq.read_metadata(_PartEnd(store, info))
+        except pa.ArrowInvalid as error:
+            raise TableDamaged(f"{store.uri}/{info.path}: not a part of a table", found=str(error)) from None
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        footers = list(pool.map(footer, parts))
+    names = list(footers[0].schema.to_arrow_schema().names) if footers else []
+    return sum(one.num_rows for one in footers), names
+
+
 def open_table(store: Store, kind: str = "embeddings") -> Table:
     """Open a table; where a shard stands in several versions, its complete one is read.
 

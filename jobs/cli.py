@@ -344,15 +344,18 @@ def inspect(
 ) -> None:
     """Say what lies at a URI: a bundle and how good it is, a table and how far it is, or files.
 
-    Reads records and listings; of a bundle each file, whose sha-256 is checked. Of a prediction table, or one part of
-    it, also what it was made from, and whether that is still there: bundle, embeddings, shards. Keys for S3 come from
-    the usual AWS environment or role.
+    Of files that look like an archive of images it tells the first sample, and the block `source` of a recipe that has
+    read it. Reads records, listings and footers; of a bundle each file, whose sha-256 is checked. Of a prediction
+    table, or one part of it, also what it was made from, and whether that is still there: bundle, embeddings, shards.
+    Keys for S3 come from the usual AWS environment or role.
     """
     from engine.inspection import inspect_uri
     from engine.storage import open_store
 
     store = open_store(uri, _storage("inspect", endpoint_url, region, anonymous))
     facts = inspect_uri(store)
+    if "source" in facts and not as_json:
+        facts["source"] = json.dumps(facts["source"])  # in one line, as YAML takes it
     _print_facts(facts, as_json)
     if facts.get("damaged"):
         raise BundleError(f"{uri}: the bundle is damaged", found=", ".join(facts["damaged"]))
@@ -940,6 +943,8 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
 def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
     return f"{value:,}" if type(value) is int else str(value)
 
 

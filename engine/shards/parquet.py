@@ -140,6 +140,18 @@ class ParquetReader(ShardReader):
             )
 
 
+def columns_of(store: Store, shard: ObjectInfo) -> dict[str, str]:
+    """The columns of a file with their types, from its footer; of a struct with encoded images the type says binary.
+
+    Raises:
+        ShardDamaged: it has no footer that can be read.
+    """
+    source = ParquetObject(store, shard)
+    with _damage_of(source):
+        source.fetch_end()
+        return {field.name: shortened(str(field.type)) for field in _open(source).schema_arrow}
+
+
 def _image_problem(encoded: pa.Buffer | None, max_sample_bytes: int) -> Problem | None:
     if encoded is None:
         return RejectReason.NO_IMAGE, "the image column is null"

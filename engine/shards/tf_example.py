@@ -38,6 +38,7 @@ DEFAULT_IMAGES = (
     "image",
 )  # first choice first; the names that TensorFlow's own converters write
 NO_CLASS = -1  # what TensorFlow Datasets stores where a ClassLabel is unknown
+MAX_SHOWN_BYTES = 40  # of a text that is told to a person
 MAX_TEXT_VALUES = 2**16  # of one metadata list: boxes and keypoints of a picture are a hundred times fewer
 
 ValueKind = Literal["bytes", "float", "int64"]
@@ -89,6 +90,10 @@ class Example:
 
     def __contains__(self, name: str) -> bool:
         return name in self._features
+
+    def in_words(self) -> dict[str, str]:
+        """What each feature holds, by name, in a few words."""
+        return {name: _in_words(self.feature(name)) for name in sorted(self._features)}
 
     def feature(self, name: str) -> Feature | None:
         """None where the Example has no such feature, or no value in it."""
@@ -169,6 +174,19 @@ def key_of_feature(feature: Feature | None) -> str | None:
     if feature.kind == "bytes" and len(value) > MAX_TEXT_BYTES:
         return None
     return _spelled(feature, value) or None
+
+
+def _in_words(feature: Feature | None) -> str:
+    if feature is None:
+        return "nothing"
+    if len(feature.values) > 1:
+        return f"{len(feature.values):,} {feature.kind} values"
+    (value,) = feature.values
+    if feature.kind != "bytes":
+        return f"{feature.kind} {_spelled(feature, value)}"
+    if len(value) <= MAX_SHOWN_BYTES and value.isascii():
+        return json.dumps(_spelled(feature, value))
+    return f"{len(value):,} bytes"
 
 
 def _no_image(sentence: str) -> ExampleImage:

@@ -105,6 +105,17 @@ def open_split(store: Store, config: TFRecordSource, split: str) -> PreparedSpli
     )
 
 
+def describe_prepared(store: Store) -> tuple[dict[str, int], str | None]:
+    """Records of each split of a prepared dataset, and the feature with its labels where there is exactly one.
+
+    Raises:
+        RecipeError: it is no such folder, or cannot be understood.
+    """
+    labels = [name for name, leaf in _leaves_of(store).items() if leaf.class_name == "ClassLabel"]
+    splits = {split.name: sum(split.shard_lengths) for split in _dataset_info(store).splits}
+    return splits, labels[0] if len(labels) == 1 else None
+
+
 def _dataset_info(store: Store) -> _DatasetInfo:
     try:
         info = _DatasetInfo.model_validate_json(_read(store, "dataset_info.json"))

@@ -173,6 +173,25 @@ class TFRecordReader(ShardReader):
             return None, (RejectReason.BAD_LABEL, f"label feature {name!r}: {error}")
 
 
+def first_example(store: Store, shard: ObjectInfo) -> Example:
+    """The first record of a file.
+
+    Raises:
+        ShardDamaged: there is none, or it is no tf.train.Example.
+    """
+    with contextlib.closing(store.open_input(shard)) as source:
+        is_compressed = shard.path.lower().endswith(".gz")
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=source) if is_compressed else source)
+        records = _RecordStream(stream, 0, None if is_compressed else shard.size, f"{store.uri}/{shard.path}")
+        record = records.next()
+        if record is None:
+            raise records.damage("the end, before any record")
+        try:
+            return Example(record.data)
+        except NotAnExample as error:
+            raise records.damage(f"a record that is no tf.train.Example: {error}") from None
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class _Record:

@@ -106,6 +106,30 @@ class WebDatasetReader(ShardReader):
             yield record.to_sample(index, tar.end_offset, has_offsets)
 
 
+def first_record(store: Store, shard: ObjectInfo) -> dict[str, tuple[int, bytes | None]]:
+    """The members of a shard's first record by their extension: bytes of each, and its data where it is short enough
+    for a text; nothing where there is no record.
+
+    Raises:
+        ShardDamaged: the archive breaks its format before the record ends.
+    """
+    members: dict[str, tuple[int, bytes | None]] = {}
+    first: str | None = None
+    with contextlib.closing(store.open_input(shard)) as source:
+        opened = next((open_ for end, open_ in _COMPRESSED.items() if shard.path.lower().endswith(end)), None)
+        tar = TarStream(opened(source) if opened else cast(BinaryIO, source), 0, f"{store.uri}/{shard.path}")
+        for member in tar.members():
+            name = _key_and_extension(member)
+            if name is None:
+                continue
+            first = first or name[0]
+            if name[0] != first or name[1] in members:
+                break
+            is_text = member.special is None and member.size <= MAX_TEXT_BYTES
+            members[name[1]] = member.size, tar.read() if is_text else None
+    return members
+
+
 @final
 class _Wanted:
     """What the recipe wants of each record."""
