@@ -481,13 +481,13 @@ def predict(  # noqa: PLR0913, PLR0917 (each is an option)
         "label_map": None if label_map is None else read_value("--label-map", label_map),
         "unmapped": unmapped.value,
     }
-    shown = stderr if as_json else Console(highlight=False, soft_wrap=True)
+    shown = Console(highlight=False, soft_wrap=True)
+    if as_json:  # a log of JSON lines has no place for bars, and the summary has it all
+        shown = stderr if json_log() is None else Console(quiet=True)
     with _interruptible():
         outcome = predict_images(bundle, [*(image or ()), *(images or ())], form, storage, save, shown)
     if as_json:
         print(json.dumps(outcome.summary))
-    elif outcome.summary["picture"]:
-        print(f"drawn: {outcome.summary['picture']}", file=sys.stderr)
     if outcome.verdict is not None:
         raise outcome.verdict
 

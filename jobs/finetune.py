@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -279,9 +278,11 @@ def plan(recipe: FinetuneRecipe) -> dict[str, Any]:
     from engine.backbones.kinds import built_without_weights
     from engine.finetuning.placement import bytes_of
     from engine.finetuning.unfreeze import unfreeze
+    from engine.quiet_start import quiet_start
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded: nothing is computed
     works, _ = _look(recipe)
+    with quiet_start():
+        import engine.runtimes.tensorflow  # noqa: F401  (before Keras is)
     network = built_without_weights(recipe.backbone, recipe.storage)
     unfrozen = unfreeze(network, recipe.unfreeze)
     return {

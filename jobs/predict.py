@@ -65,7 +65,9 @@ class Picture:
         self.folder.write(self.name, draw_predictions(predictions, self.name.rpartition(".")[2].lower()))
         if len(predictions) > MAX_PICTURES:
             say(f"the picture shows the first {MAX_PICTURES} of {len(predictions):,} images", logging.WARNING)
-        return f"{self.folder.uri.rstrip('/')}/{self.name}"
+        uri = f"{self.folder.uri.rstrip('/')}/{self.name}"
+        say(f"drawn: {uri}", picture=uri)
+        return uri
 
 
 def predict(

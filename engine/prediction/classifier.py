@@ -173,7 +173,7 @@ class ImageClassifier:
 
 def predict_images(
     bundle_uri: str,
-    images: Iterable[str | Path | bytes],
+    images: Iterable[str | Path | bytes] | str | Path | bytes,
     *,
     storage: StorageConfig = _HERE,
     pictures: int = 0,
@@ -186,7 +186,7 @@ def predict_images(
     Args:
         bundle_uri: folder of the bundle.
         images: paths or URIs of files and folders; or encoded images, which are called `image 0` and so on, by their
-            place.
+            place. One alone need not be in a list.
         storage: how object storage is reached.
         pictures: so many predictions get a small copy of their image, for `engine.prediction.picture`.
         form: as in the `output` of a score recipe: top_k, min_confidence, label_map, unmapped.
@@ -199,7 +199,8 @@ def predict_images(
     """
     checked = check_recipe(PredictionForm, form, "predict_images")
     classifier = ImageClassifier(open_bundle(open_store(bundle_uri, storage)), checked)
-    return list(classifier.classify(_read(images, storage), pictures))
+    several = [images] if isinstance(images, str | Path | bytes) else images
+    return list(classifier.classify(_read(several, storage), pictures))
 
 
 def _read(images: Iterable[str | Path | bytes], storage: StorageConfig) -> Iterator[EncodedImage]:

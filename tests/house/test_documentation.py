@@ -14,7 +14,7 @@ from engine.config import load_recipe
 from engine.schema import RejectReason
 from jobs.cli import RECIPE_CLASSES, app
 
-DOCUMENTS = ("README.md", "engine/README.md")
+DOCUMENTS = ("README.md", "engine/README.md", "jobs/recipes/README.md")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,16 @@ def test_every_recipe_loads_and_says_its_command(repository: Path) -> None:
             f"{path}: figures with their date"
         )
         load_recipe(getattr(importlib.import_module(f"jobs.{verb[1]}"), RECIPE_CLASSES[verb[1]]), path)
+
+
+def test_the_tutorial_has_every_one_of_its_recipes_in_its_table(repository: Path) -> None:
+    folder = repository / "jobs" / "recipes"
+    named = re.findall(
+        r"^\| \d+ \| `engine (\w+) jobs/recipes/(\S+)` \|", (folder / "README.md").read_text(), re.M
+    )
+    assert sorted(name for _, name in named) == sorted(path.name for path in folder.glob("tutorial_*.yaml"))
+    for verb, name in named:
+        assert f"# Command:   engine {verb} " in (folder / name).read_text(encoding="utf-8")
 
 
 def test_recipes_in_the_readme_load(repository: Path, tmp_path: Path) -> None:

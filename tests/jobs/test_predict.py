@@ -148,3 +148,11 @@ def test_a_process_of_its_own_says_nothing_but_the_answer(
     (one,) = json.loads(ended.stdout)["predictions"]
     assert ended.stderr.splitlines()[0] == f"{photo}: {one['label']} ({one['confidence']:.3f})"
     assert len(ended.stderr.splitlines()) == 1 + len(one["top"]), "and not a line of TensorFlow's"
+
+
+def test_a_json_log_has_no_lines_for_people(engine_process: Engine, bundle: Path, photo: Path) -> None:
+    json_log = {"ENGINE_LOG": "json"}
+    ended = engine_process("predict", bundle, photo, photo.parent / "no.jpg", "--json", environment=json_log)
+    assert ended.code == 3
+    assert [json.loads(line)["error"] for line in ended.stderr.splitlines()] == ["OverBudget"]
+    assert [one.get("error") for one in ended.summary["predictions"]] == [None, "no_image"]

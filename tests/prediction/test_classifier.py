@@ -21,6 +21,7 @@ from engine.prediction.classifier import (
     ImageReject,
     predict_images,
 )
+from engine.prediction.inputs import EncodedImage
 from engine.predictor import Predictor
 from engine.storage import open_store
 from tests.flows.archives import crop_jpeg
@@ -92,6 +93,17 @@ def test_where_nothing_can_be_decoded_there_are_only_rejects(bundle: Bundle) -> 
     assert predict_images(bundle.store.uri, []) == []
 
 
+def test_one_image_need_not_be_in_a_list(bundle: Bundle, tmp_path: Path) -> None:
+    path, encoded = tmp_path / "photo.jpg", crop_jpeg(1)[0]
+    path.write_bytes(encoded)
+    answers = [predict_images(bundle.store.uri, one) for one in (encoded, path, str(path), [path], tmp_path)]
+    assert [len(answer) for answer in answers] == [1] * 5
+    assert {(one.image, one.confidence) for (one,) in answers if isinstance(one, ImagePrediction)} == {
+        ("image 0", answers[0][0].confidence),  # type: ignore[union-attr]
+        (str(path), answers[0][0].confidence),  # type: ignore[union-attr]
+    }
+
+
 def test_answers_take_the_form_of_a_score_recipe(bundle: Bundle) -> None:
     plain = predicted(bundle, photos())
     middle = sorted(answer.confidence for answer in plain)[6]
@@ -160,3 +172,16 @@ def test_a_bundle_that_images_alone_cannot_answer_for_is_refused(
     publish_bundle(store, head, table_record=record, metrics={}, recipe={})
     with pytest.raises(RecipeError, match=r"(?s)takes columns of a table.*focal_length"):
         ImageClassifier(open_bundle(store))
+
+
+def test_the_runtime_is_the_one_that_the_embeddings_were_made_with(
+    record: dict[str, Any], bundle: Bundle, tmp_path: Path
+) -> None:
+    runtime = {"kind": "openvino", "precision": "float32", "batch_size": 4}
+    other = ImageClassifier(publish(tmp_path, {**record, "runtime": runtime}, HEADS["linear"]))
+    assert type(other._label._embed._embedder._runtime).__name__ == "OpenVINORuntime"
+    encoded = [EncodedImage.of_bytes(str(number), image) for number, image in enumerate(photos())]
+    found, wanted = list(other.classify(encoded)), predicted(bundle, photos())
+    for one, same in zip(found, wanted, strict=True):
+        assert isinstance(one, ImagePrediction)
+        assert dict(one.top) == pytest.approx(dict(same.top), abs=1e-4)
