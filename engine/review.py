@@ -30,8 +30,9 @@ from engine.errors import AlreadyExists, ContractMismatch, EngineError, RecipeEr
 from engine.heads.bundle import open_bundle
 from engine.heads.reference import Reference
 from engine.parts import PartName, prediction_name
+from engine.representatives import Representatives, of_unit_length
 from engine.schema import SAMPLE_FIELDS
-from engine.storage import ObjectInfo, StorageConfig, Store, open_store
+from engine.storage import ObjectInfo, StorageConfig, Store, open_folder_of, open_store
 from engine.tables import READ_THREADS, Table, embeddings_matrix, is_of_images, open_table, read_part
 
 CANDIDATES_PER_ROW = 20  # kept while the table is read, for each row of the queue
@@ -177,7 +178,7 @@ def write_review(rows: pa.Table, uri: str, storage: StorageConfig) -> None:
     Raises:
         AlreadyExists: there is another file.
     """
-    store, name = _split(uri, storage)
+    store, name = open_folder_of(uri, storage)
     if name.endswith(".csv"):
         content = written_as(rows, "csv")
     else:
@@ -199,16 +200,11 @@ def require_review_uri(uri: str, storage: StorageConfig) -> None:
     """
     if not uri.endswith((".parquet", ".csv")):
         raise RecipeError(f"--out {uri}: unknown kind of file", wanted="a name ending in .parquet or .csv")
-    store, name = _split(uri, storage)
+    store, name = open_folder_of(uri, storage)
     if name in set(store.names(name)):
         raise AlreadyExists(
             f"{uri}: there is a file, which may hold a person's answers", way_out="give another --out"
         )
-
-
-def _split(uri: str, storage: StorageConfig) -> tuple[Store, str]:
-    folder, _, name = uri.rpartition("/")
-    return open_store(folder or ("/" if uri.startswith("/") else "."), storage), name
 
 
 # ---------------------------------------------------------------- what there is
@@ -419,9 +415,9 @@ def _look_at_part(
     rows = [row_of[index] for index in wanted]
     embeddings_CD = embeddings_matrix(part["embedding"])[rows].astype(np.float32)
     nearness_C = None if reference is None else reference.cosines(embeddings_CD)
-    lengths_C = np.linalg.norm(embeddings_CD, axis=1)
+    units_CD = of_unit_length(embeddings_CD)
     for place, (candidate, row) in enumerate(zip(candidates, rows, strict=True)):
-        candidate.unit_D = embeddings_CD[place] / (lengths_C[place] or 1)
+        candidate.unit_D = units_CD[place]
         candidate.sha256 = part["sha256"][row].as_py()
         candidate.nearness = None if nearness_C is None else float(nearness_C[place])
 
@@ -470,18 +466,14 @@ class _Taken:
     """What is in the queue, to tell what would be in it twice."""
 
     def __init__(self, near_duplicate: float) -> None:
-        self._near_duplicate = near_duplicate
+        self._near = Representatives(near_duplicate)
         self._orders: set[int] = set()
         self._sha256: set[bytes] = set()
-        self._units_QD: NDArray[np.float32] | None = None
-        self._count = 0
 
     def is_new(self, one: _Candidate) -> bool:
         if one.order in self._orders or one.sha256 in self._sha256:
             return False
-        if one.unit_D is None or self._units_QD is None:
-            return True
-        return bool((self._units_QD[: self._count] @ one.unit_D).max(initial=-1.0) <= self._near_duplicate)
+        return one.unit_D is None or not self._near.is_near(one.unit_D)
 
     def take(self, one: _Candidate) -> bool:
         """Whether it was taken; one that stands for nothing new is not."""
@@ -491,16 +483,8 @@ class _Taken:
         if one.sha256 is not None:
             self._sha256.add(one.sha256)
         if one.unit_D is not None:
-            self._keep(one.unit_D)
+            self._near.take(one.unit_D[None])
         return True
-
-    def _keep(self, unit_D: NDArray[np.float32]) -> None:
-        if self._units_QD is None:
-            self._units_QD = np.zeros((64, len(unit_D)), np.float32)
-        if self._count == len(self._units_QD):
-            self._units_QD = np.concatenate([self._units_QD, np.zeros_like(self._units_QD)])
-        self._units_QD[self._count] = unit_D
-        self._count += 1
 
 
 def _asked(one: _Candidate, reason: str, source_uri: str | None) -> dict[str, Any]:

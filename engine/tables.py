@@ -16,9 +16,9 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -468,10 +468,28 @@ class Table:
 
     def read_by_part(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The same, part by part; twice as many as there are threads are in memory at most."""
+        return self.map_parts(lambda part: part, columns)
+
+    def map_parts(self, function: Callable[[pa.Table], ItemT], columns: Sequence[str]) -> Iterator[ItemT]:
+        """What a function makes of the named columns of each part, in the order of the parts.
+
+        Parts are read, and the function is called, in several threads at once; what it gives of twice as many parts as
+        there are threads is in memory at most.
+        """
+        waiting: deque[Future[ItemT]] = deque()
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            for start in range(0, len(self.parts), 2 * READ_THREADS):
-                some = self.parts[start : start + 2 * READ_THREADS]
-                yield from pool.map(lambda part: read_part(self.store, part[1], columns), some)
+            try:
+                for _, info in self.parts:
+                    if len(waiting) == 2 * READ_THREADS:
+                        yield waiting.popleft().result()
+                    waiting.append(
+                        pool.submit(lambda one: function(read_part(self.store, one, columns)), info)
+                    )
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for left in waiting:
+                    left.cancel()
 
     def _empty(self) -> TableDamaged:
         return TableDamaged(

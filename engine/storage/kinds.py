@@ -44,6 +44,18 @@ def open_store(uri: str, config: StorageConfig = _DEFAULT_CONFIG) -> Store:
     )
 
 
+def open_folder_of(uri: str, config: StorageConfig = _DEFAULT_CONFIG) -> tuple[Store, str]:
+    """The store of the folder that a file lies in, and the file's name there.
+
+    Raises:
+        RecipeError: as `open_store`, or the URI ends in a slash.
+    """
+    folder, slash, name = uri.rpartition("/")
+    if not name:
+        raise RecipeError(f"{uri!r}: names no file", wanted="the URI of one file")
+    return open_store(folder or slash or ".", config), name
+
+
 def uri_in_full(uri: str) -> str:
     """One spelling for one place, absolute: workers run in other folders than the command.
 

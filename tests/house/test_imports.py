@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "log_lines",
         "quiet_start",
     ),
-    ("parts", "storage", "beside", "plain_pages", "copies"),
+    ("parts", "storage", "beside", "plain_pages", "copies", "representatives"),
     (
         "recipes",
         "worklist",
