@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-growth bench-planning lint format lock manifests clean
+.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format lock manifests clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -40,6 +40,10 @@ bench-finetuning: .venv/.installed  ## fine-tuning: what it is worth on two real
 
 bench-scoring: .venv/.installed  ## rows/s of scoring from embeddings, beside reading them and beside Keras in Ray Data
 	.venv/bin/python -m tests.benchmarks.scoring $(BENCH)
+
+bench-similar: .venv/.installed  ## rows/s of a search for similar images, beside reading the embeddings; copies among photos that are found
+	.venv/bin/python -m tests.benchmarks.similar $(BENCH)
+	.venv/bin/python -m tests.benchmarks.duplicates $(BENCH)
 
 bench-growth: .venv/.installed  ## how the rate grows with actors, shards, images and parts; `make bench-growth BENCH=--quick`
 	.venv/bin/python -m tests.benchmarks.growth $(BENCH)

@@ -493,6 +493,89 @@ def predict(  # noqa: PLR0913, PLR0917 (each is an option)
 
 
 @app.command()
+def similar(  # noqa: PLR0913, PLR0917 (each is an option)
+    table: Annotated[str, typer.Argument(help="URI of an embedding table.")],
+    image: Annotated[
+        str | None,
+        typer.Option(help="Path or URI of an image: embedded by the network that the table was made with."),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Key of a row, which is left out of the answer.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Shard of the row, as the table's column has it: where several have the key."),
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option(min=0, help="Position of the row in its shard, likewise.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=100_000, help="Rows wanted.")] = 20,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Find the rows of a table that are nearest to an image, or to one of its rows, by cosine.
+
+    Every row is compared, none is skipped; memory does not grow with the table. With --image the network is loaded as
+    it was for the table and must compute the same numbers here. Keys for S3 come from the usual AWS environment or
+    role.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loaded
+    from engine.storage import open_store
+    from jobs.similar import Query, find_similar, print_similar
+
+    if (image is None) == (key is None and shard is None and index is None):
+        raise typer.BadParameter("either --image, or the row: --key, or --shard and --index")
+    store = open_store(table, _storage("similar", endpoint_url, region, anonymous))
+    with _interruptible():
+        found = find_similar(store, Query(image, key, shard, index), k)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_similar(found)
+
+
+@app.command()
+def duplicates(  # noqa: PLR0913, PLR0917 (each is an option)
+    table: Annotated[str, typer.Argument(help="URI of an embedding table.")],
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Cosine above which two images are near duplicates; 1: only the same bytes. Which is right hangs on "
+            "network, input size and images: 0.95 is for EfficientNet-Lite0 and photos of twice its input."
+        ),
+    ] = 0.95,
+    output: Annotated[
+        str | None, typer.Option(help="URI of a .parquet file for all groups; none is written over.")
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a copy of the embeddings as float32, which goes when the command ends; by default that "
+            "for temporary files."
+        ),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Group the images of a table that are there more than once: the same bytes, or near to each other by cosine.
+
+    A group has a representative, the one with the most pixels, to which every other is near: groups do not chain from
+    one image to a stranger. Up to 65,536 images each is compared with each; beyond that within cells of like ones, and
+    the summary has the share of near duplicates that this finds (recall, on a sample). Nothing is deleted. Keys for S3
+    come from the usual AWS environment or role.
+    """
+    from engine.storage import open_store
+    from jobs.duplicates import print_duplicates, search_duplicates
+
+    storage = _storage("duplicates", endpoint_url, region, anonymous)
+    with _interruptible():
+        found, summary = search_duplicates(open_store(table, storage), threshold, output, scratch)
+    print_duplicates(found, summary, as_json)
+
+
+@app.command()
 def export(
     bundle: Annotated[str, typer.Argument(help="URI of a bundle.")],
     target: Annotated[str, typer.Argument(help="URI of the folder for the SavedModel; it must be empty.")],

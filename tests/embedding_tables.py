@@ -39,12 +39,23 @@ def claim_embeddings(store: Store, width: int, rows_per_part: int) -> None:
 
 
 def write_part(
-    store: Store, shard: str, number: int, last: bool, first: int, embeddings_ND: NDArray[np.float32]
+    store: Store,
+    shard: str,
+    number: int,
+    last: bool,
+    first: int,
+    embeddings_ND: NDArray[np.floating[Any]],
+    **others: Any,
 ) -> None:
-    """One part of rows `first`, `first` + 1 ... of the shard; their keys are `<shard>-<index:08d>`."""
+    """One part of rows `first`, `first` + 1 ... of the shard; their keys are `<shard>-<index:08d>`.
+
+    Args:
+        embeddings_ND: float32 or float16.
+        others: columns that are to be other than usual, with N values each.
+    """
     count, width = embeddings_ND.shape
     flat = pa.array(embeddings_ND.reshape(-1))
-    schema = embeddings_schema(width, "float32")
+    schema = embeddings_schema(width, "float16" if embeddings_ND.dtype == np.float16 else "float32")
     columns = {
         "key": [f"{shard}-{first + row:08d}" for row in range(count)],
         "shard": [shard] * count,
@@ -57,6 +68,7 @@ def write_part(
             [hashlib.sha256(f"{shard}-{first + row}".encode()).digest() for row in range(count)],
             pa.binary(32),
         ),
+        **others,
     }
     facts = EmbeddingPartFacts(FINGERPRINT, "/made", shard, IDENTITY, None, None, count, 0, None, "")
     name = part_name(shard, IDENTITY, number, last)

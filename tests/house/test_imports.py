@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "accounting",
         "cluster_head",
+        "duplicates",
         "estimate",
         "export",
         "gate",
@@ -51,7 +52,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inspection",
         "plan",
         "prediction",
+        "query_images",
         "review",
+        "similar",
         "sizing",
         "verification",
     ),
