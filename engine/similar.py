@@ -197,7 +197,7 @@ def _the_row(table: Table, key: str | None, shard: str | None, index: int | None
         numbers, some.map_parts(lambda part: _rows_named(part, asked), ["key", "shard", "index"]), strict=True
     ):
         several += len(rows)
-        found += [(number, row, facts) for row, facts in rows if len(found) < ROWS_NAMED]
+        found += [(number, row, facts) for row, facts in rows[: ROWS_NAMED - len(found)]]
     said = ", ".join(f"{name} {value!r}" for name, value in asked.items())
     if not found:
         raise RecipeError(

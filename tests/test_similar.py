@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from engine.errors import RecipeError
 from engine.schema import SCHEMA_VERSION
-from engine.similar import FEW_QUERIES, SIMILAR_SCHEMA, similar, similar_to_row
+from engine.similar import FEW_QUERIES, ROWS_NAMED, SIMILAR_SCHEMA, similar, similar_to_row
 from engine.storage import Store, open_store
 from engine.tables import Table, claim_table, open_table
-from tests.embedding_tables import FINGERPRINT, write_part, write_table
+from tests.embedding_tables import FINGERPRINT, claim_embeddings, write_part, write_table
 
 WIDTH = 7
 
@@ -138,6 +138,18 @@ def test_a_key_of_several_rows_is_refused_with_their_names_and_taken_with_one_of
     row, near = similar_to_row(table, key="cat", shard="y.tar")
     assert (row["shard"], row["index"]) == ("y.tar", 1)
     assert {"shard": "x.tar", "key": "cat"} in near.select(["shard", "key"]).to_pylist()
+
+
+def test_of_many_rows_with_one_key_twenty_are_named_and_all_are_counted(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    claim_embeddings(store, WIDTH, 25)
+    for number in range(2):
+        rows_ND = rows_of_any_length(25)
+        write_part(store, "a.tar", number, number == 1, 25 * number, rows_ND, key=["cat"] * 25)
+    with pytest.raises(RecipeError, match="50 rows have key 'cat'") as refused:
+        similar_to_row(open_table(store), key="cat")
+    named = str(refused.value.found).split("; ")
+    assert len(named) == ROWS_NAMED + 1 and named[-1] == "and 30 more"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import fsspec.asyn
 import pytest
 
 from engine.errors import AccessDenied, ObjectChanged, ObjectNotFound, RecipeError, StorageError
-from engine.storage import ObjectInfo, StorageConfig, open_store
+from engine.storage import ObjectInfo, StorageConfig, open_folder_of, open_store
 from tests.proxy import FaultyProxy
 from tests.stores import S3TestStore, aws_environment
 
@@ -48,6 +48,34 @@ def test_only_file_uris_are_percent_decoded() -> None:
     assert open_store("file:///x/%41%23b%3Fc").uri == "/x/A#b?c"
     assert open_store("s3://bucket/%41 #b?c//").uri == "s3://bucket/%41 #b?c"
     assert open_store("S3://bucket/").uri == open_store("s3://bucket").uri == "s3://bucket"
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "name"),
+    [
+        ("/x/y.csv", "/x", "y.csv"),
+        ("/y.csv", "/", "y.csv"),
+        ("file:///x%20z/%41#b.csv", "/x z", "A#b.csv"),
+        ("s3://bucket/y%41.csv", "s3://bucket", "y%41.csv"),
+        ("s3://bucket/x/y.csv", "s3://bucket/x", "y.csv"),
+    ],
+)
+def test_a_file_lies_in_the_folder_that_its_uri_names(uri: str, folder: str, name: str) -> None:
+    store, found = open_folder_of(uri)
+    assert (store.uri, found) == (folder, name)
+
+
+def test_a_file_without_a_folder_lies_in_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_folder_of("y.csv")[0].uri == str(tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["/", "/x/", "s3://bucket", "s3://bucket/x/"])
+def test_a_folder_is_no_file(uri: str) -> None:
+    with pytest.raises(RecipeError, match="names no file"):
+        open_folder_of(uri)
 
 
 def test_a_linked_folder_keeps_its_own_name(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from engine.parts import PartName, copy_path, hash8_of, part_name, path16_of, pr
 from engine.schema import SCHEMA_VERSION, embeddings_schema, predictions_schema, rejects_schema
 from engine.storage import Store, open_store
 from engine.tables import (
+    READ_THREADS,
     EmbeddingPartFacts,
     claim_table,
     count_rejects,
@@ -29,6 +30,7 @@ from engine.tables import (
     table_progress,
     write_embedding_part,
 )
+from tests.embedding_tables import write_table
 
 WIDTH = 7
 IDENTITY = "etag:v1:100"
@@ -204,6 +206,22 @@ def test_open_table_reads_one_version_per_shard_the_complete_one(store: Store) -
     table = open_table(store)
     assert table.read(["key", "index"]).num_rows == 5 + 2 + 3
     assert table.incomplete_shards == 1
+
+
+def test_parts_are_worked_on_in_their_order_and_not_far_ahead_of_who_asks(tmp_path: Path) -> None:
+    store = write_table(tmp_path, {"a.tar": np.arange(60, dtype=np.float32)[:, None]}, 1)
+    table, begun = open_table(store), []
+
+    def first_number(part: pa.Table) -> float:
+        begun.append(part.num_rows)
+        return part["embedding"][0].as_py()[0]
+
+    assert list(table.map_parts(first_number, ["embedding"])) == list(range(60))
+    begun.clear()
+    some = table.map_parts(first_number, ["embedding"])
+    assert [next(some), next(some)] == [0, 1]
+    some.close()
+    assert len(begun) <= 2 * READ_THREADS + 1
 
 
 def test_an_empty_or_absent_table_says_so(store: Store) -> None:

@@ -76,6 +76,7 @@ class UnitRows:
         """
         try:
             self._file.write(np.ascontiguousarray(units_BD).data)
+            self._file.flush()
         except OSError as error:
             raise StorageError(
                 f"{self._folder}: the copy of the table's embeddings cannot be written",
@@ -87,7 +88,6 @@ class UnitRows:
     def read(self, numbers_B: NDArray[np.int64]) -> NDArray[np.float32]:
         """(B, D), a new array; nothing may be appended any more."""
         if self._map is None or self._rows_ND is None:
-            self._file.flush()
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
             self._rows_ND = np.frombuffer(self._map, np.float32).reshape(-1, self._width)
         units_BD: NDArray[np.float32] = self._rows_ND[numbers_B]

@@ -48,12 +48,12 @@ def open_folder_of(uri: str, config: StorageConfig = _DEFAULT_CONFIG) -> tuple[S
     """The store of the folder that a file lies in, and the file's name there.
 
     Raises:
-        RecipeError: as `open_store`, or the URI ends in a slash.
+        RecipeError: as `open_store`, or the URI is a folder's.
     """
-    folder, slash, name = uri.rpartition("/")
-    if not name:
+    folder, _, name = open_store(uri, config).uri.rpartition("/")
+    if uri.endswith("/") or not name or folder == "s3:/":
         raise RecipeError(f"{uri!r}: names no file", wanted="the URI of one file")
-    return open_store(folder or slash or ".", config), name
+    return open_store(folder or "/", config), name
 
 
 def uri_in_full(uri: str) -> str:

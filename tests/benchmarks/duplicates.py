@@ -1,6 +1,6 @@
 """What `engine.duplicates` finds among real photos at several thresholds, what cells miss, and how long it takes.
 
-    python -m tests.benchmarks.duplicates            # 300 photos with 300 copies of 100 of them; 100,000 rows
+    python -m tests.benchmarks.duplicates            # 300 photos with 300 copies of 100 of them; 30,000 rows
     python -m tests.benchmarks.duplicates --quick    # see that it runs; the figures mean nothing
 
 - Photos: tiles of 128 px of the photos of scikit-image and scikit-learn, that do not overlap; of 100 of them the same
@@ -32,7 +32,7 @@ from tests.benchmarks.throughput import REPOSITORY, _result_path, machine_facts
 DISTINCT, COPIED, COPIES, SIDE_PX = 300, 100, 3, 128
 INPUTS_PX = (64, 128)
 THRESHOLDS = (0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.90)
-WIDTH, ROWS, QUICK_ROWS, ROWS_PER_PART = 1280, 100_000, 6_000, 1024
+WIDTH, ROWS, QUICK_ROWS, ROWS_PER_PART = 1280, 30_000, 6_000, 1024
 
 
 def embedded_photos(folder: Path, input_px: int) -> Path:
