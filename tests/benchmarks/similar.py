@@ -117,9 +117,8 @@ def measured(folder: Path, sizes: tuple[int, int], rounds: int) -> dict[str, Any
                 found = measured_in_a_process(name, table)
                 if name == "similar":
                     recalls.append(len(set(found.pop("keys")) & set(wanted[rows])) / TOP_K)
-                taken[name][str(rows)].append(
-                    {"seconds": found["seconds"], "peak_bytes": found["peak_bytes"]}
-                )
+                found.pop("keys", None)
+                taken[name][str(rows)].append(found)
                 took, used = found["seconds"], found["core_seconds"]
                 said = f"round {number}: {name:8} {rows:>8,} rows {took:7.2f} s {used:7.2f} core-s"
                 said += f" {found['peak_bytes'] / 1e6:6.0f} MB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from engine.storage import open_store
+from engine.storage import StorageConfig, open_store
 from jobs.cli import main
 from tests.commands import Engine
 from tests.flows.archives import write_recipe
 from tests.planted_copies import PlantedImage, planted_images
 from tests.shards.archives import member, tar_bytes
+from tests.stores import S3TestStore
 
 SIDE_PX, INPUT_PX = 128, 64
 DISTINCT, COPIED = 100, 20
@@ -99,6 +101,31 @@ def test_an_image_finds_its_copies_and_all_copies_are_found(
     shown = engine("duplicates", table)
     assert "representative" in shown.stdout and "label_conflicts" in shown.stderr
     assert "more rows of groups are not shown; --output FILE.parquet has all" in shown.stderr
+
+
+def test_table_image_and_groups_may_all_lie_in_object_storage(
+    engine: Engine,
+    table: Path,
+    images: list[PlantedImage],
+    s3_store: S3TestStore,
+    s3_uri: str,
+    s3_config: StorageConfig,
+) -> None:
+    store = open_store(s3_uri, s3_config)
+    for file in (path for path in table.rglob("*") if path.is_file()):
+        store.write(f"embeddings/{file.relative_to(table)}", file.read_bytes())
+    photo = next(one for one in images if one.key == "0005-resized")
+    store.write("photo.jpg", photo.encoded)
+    options = ("--endpoint-url", s3_store.endpoint_url, "--region", s3_store.region, "--json")
+    asked = ("--image", f"{s3_uri}/photo.jpg", "-k", "1")
+    ended = engine("similar", f"{s3_uri}/embeddings", *asked, *options)
+    assert ended.code == 0, ended.stderr
+    assert [row["key"] for row in ended.summary["similar"]] == ["0005-resized"]
+    output = f"{s3_uri}/groups.parquet"
+    ended = engine("duplicates", f"{s3_uri}/embeddings", "--output", output, *options)
+    assert ended.code == 0, ended.stderr
+    written = pq.read_table(io.BytesIO(store.read("groups.parquet"))).to_pylist()
+    assert written == ended.summary["duplicates"] and len(written) > 3 * COPIED
 
 
 def test_what_cannot_be_asked_about_ends_with_a_word_on_it(
