@@ -39,6 +39,7 @@ CLASSES_SHOWN = 12
 EXAMPLES = 3
 FOOTERS_READ = 500  # 60 round trips, one after another; of larger tables rows are not counted
 SIDE_LOOKED_AT_PX = 32  # of the first sample: enough to know that it can be decoded
+BUNDLE, TABLE, FILES = "bundle", "table", "files"
 _DAMAGED = "DAMAGED"
 # Of a table's record, those fields that it has, in this order.
 _OF_RECORD = (
@@ -64,13 +65,19 @@ def inspect_uri(store: Store) -> dict[str, Any]:
     part = parse_part_name(store.uri)
     if part is not None and f"/{DATA_FOLDER}" in store.uri and _is_of_predictions(part, store):
         return _inspect_prediction_part(store)
-    for name, inspect in ((MANIFEST, _inspect_bundle), (RECORD_NAME, _inspect_table)):
+    inspect = {BUNDLE: _inspect_bundle, TABLE: _inspect_table, FILES: _inspect_files}
+    return inspect[kind_at(store)](store)
+
+
+def kind_at(store: Store) -> str:
+    """What the record at a URI says: BUNDLE or TABLE, or without one FILES."""
+    for name, kind in ((MANIFEST, BUNDLE), (RECORD_NAME, TABLE)):
         try:
             store.info(name)
         except ObjectNotFound:
             continue
-        return inspect(store)
-    return _inspect_files(store)
+        return kind
+    return FILES
 
 
 def _inspect_bundle(store: Store) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from engine.parts import (
 from engine.plain_pages import read_plain_lists
 from engine.schema import SCHEMA_VERSION
 from engine.storage import ObjectInfo, Store
+from engine.storage.object_file import object_file
 
 RECORD_NAME = "_table.json"
 PROBE_NAME = "_probe"
@@ -50,7 +51,6 @@ REJECTS_FOLDER = "rejects/"
 READ_THREADS = 8  # parts are small (about 5 MB): reading is bound by the store's latency
 FOOTER_KEY = b"engine.part"
 DIFFERING_SHOWN = 20  # fields of contracts, in a message
-_FOOTER_READ_BYTES = 64 << 10  # what pyarrow asks for first; our footers are about 4 KiB
 _READ_AT_ONCE_BYTES = 1 << 20  # of an object: a request or two more would take longer
 
 Record = Mapping[str, Any]
@@ -373,7 +373,7 @@ def read_prediction_facts(store: Store, info: ObjectInfo) -> PredictionPartFacts
 def _footer(store: Store, info: ObjectInfo, *kinds: type[PartFacts]) -> dict[str, Any]:
     """The fields of a footer of one of these kinds."""
     try:
-        metadata = pq.read_metadata(_PartEnd(store, info)).metadata or {}
+        metadata = pq.read_metadata(object_file(store, info)).metadata or {}
         found: dict[str, Any] = json.loads(metadata[FOOTER_KEY])
         if not any(_required(kind) <= set(found) <= _known(kind) for kind in kinds):
             raise ValueError(f"a footer with the fields {', '.join(sorted(found))}")
@@ -457,7 +457,7 @@ class Table:
         """
         if not self.parts:
             raise self._empty()
-        return list(pq.read_schema(_PartEnd(self.store, self.parts[0][1])).names)
+        return list(pq.read_schema(object_file(self.store, self.parts[0][1])).names)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """All rows of the named columns, in the order of the parts; held in memory at once."""
@@ -507,7 +507,7 @@ def rows_and_columns(store: Store, parts: Sequence[ObjectInfo]) -> tuple[int, li
 
     def footer(info: ObjectInfo) -> pq.FileMetaData:
         try:
-            return pq.read_metadata(_PartEnd(store, info))
+            return pq.read_metadata(object_file(store, info))
         except pa.ArrowInvalid as error:
             raise TableDamaged(f"{store.uri}/{info.path}: not a part of a table", found=str(error)) from None
 
@@ -520,6 +520,9 @@ def rows_and_columns(store: Store, parts: Sequence[ObjectInfo]) -> tuple[int, li
 def open_table(store: Store, kind: str = "embeddings") -> Table:
     """Open a table; where a shard stands in several versions, its complete one is read.
 
+    Predictions of an embedding part that was rewritten stand beside those of the new one for a while: the ones that
+    came last are read.
+
     Raises:
         ObjectNotFound: there is no table.
     """
@@ -527,9 +530,34 @@ def open_table(store: Store, kind: str = "embeddings") -> Table:
     listed = list(list_parts(store))
     progress = TableProgress(name for name, _ in listed)
     chosen = {path16: version_to_read(versions) for path16, versions in progress.items()}
-    parts = tuple((name, info) for name, info in listed if chosen[name.path16] == name.source8)
+    latest: dict[tuple[str, int], tuple[PartName, ObjectInfo]] = {}
+    for name, info in listed:
+        place = name.path16, name.number
+        if name.source8 == chosen[name.path16] and (
+            place not in latest or _age_of(latest[place]) < _age_of((name, info))
+        ):
+            latest[place] = name, info
+    parts = tuple(sorted(latest.values(), key=lambda part: part[1].path))
     incomplete = sum(not progress[path16][version].is_complete for path16, version in chosen.items())
     return Table(store, record, parts, incomplete)
+
+
+def open_any_table(store: Store) -> Table:
+    """A table of either kind; its record says which.
+
+    Raises:
+        ObjectNotFound, TableDamaged, ContractMismatch: there is none that can be read.
+    """
+    try:
+        return open_table(store)
+    except ContractMismatch:
+        return open_table(store, "predictions")
+
+
+def _age_of(part: tuple[PartName, ObjectInfo]) -> tuple[bool, float, str]:
+    """Of two parts with the same number the one to read has the greater one."""
+    name, info = part
+    return name.last, info.modified or 0.0, str(name)
 
 
 def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = None) -> pa.Table:
@@ -542,7 +570,7 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
     is_whole = columns is None or "embedding" in columns or info.size <= _READ_AT_ONCE_BYTES
     content = store.read(info.path, expected=info) if is_whole else None
     try:
-        file = pq.ParquetFile(_PartEnd(store, info) if content is None else pa.BufferReader(content))
+        file = pq.ParquetFile(object_file(store, info) if content is None else pa.BufferReader(content))
         absent = sorted(set(columns or ()) - set(file.schema_arrow.names))
         if absent:
             raise TableDamaged(
@@ -838,52 +866,21 @@ def _parquet_bytes(table: pa.Table, facts: PartFacts | None) -> bytes:
     if facts is not None:
         footer = json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()
         table = table.replace_schema_metadata({FOOTER_KEY: footer})
-    plain = [name for name in table.column_names if name != "embedding"]
-    nested = {"embedding": "embedding.list.element", "top_labels": "top_labels.list.element"}
-    nested["top_confidences"] = "top_confidences.list.element"
-    leaves = {name: nested.get(name, name) for name in table.column_names}
     sink = io.BytesIO()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=max(1, table.num_rows),
-        compression={leaves[name]: "ZSTD" if name in plain else "NONE" for name in table.column_names},
-        use_dictionary=[leaves[name] for name in plain if name not in ("sha256", "bytes", "top_confidences")],
-        write_statistics=[leaves[name] for name in plain if name in ("key", "shard", "index", "label")],
-    )
+    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), **parquet_options(table.column_names))
     return sink.getvalue()
 
 
-class _PartEnd(io.RawIOBase):
-    """A seekable file over one object whose end is fetched once: enough for pyarrow to parse a footer, and to read
-    columns that are not large."""
-
-    def __init__(self, store: Store, info: ObjectInfo) -> None:
-        super().__init__()
-        self._store, self._info, self._position = store, info, 0
-        self._end_from = max(0, info.size - _FOOTER_READ_BYTES)
-        self._end = store.read(info.path, offset=self._end_from, expected=info)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        size = self._info.size - self._position if size < 0 else size
-        begin = self._position
-        if begin >= self._end_from:
-            chunk = self._end[begin - self._end_from : begin - self._end_from + size]
-        else:
-            chunk = self._store.read(self._info.path, offset=begin, length=size, expected=self._info)
-        self._position += len(chunk)
-        return chunk
+def parquet_options(column_names: Sequence[str]) -> dict[str, Any]:
+    """How our columns are written, for pyarrow's writers: compression, dictionaries, statistics."""
+    plain = [name for name in column_names if name != "embedding"]
+    nested = {"embedding": "embedding.list.element", "top_labels": "top_labels.list.element"}
+    nested["top_confidences"] = "top_confidences.list.element"
+    leaves = {name: nested.get(name, name) for name in column_names}
+    return {
+        "compression": {leaves[name]: "ZSTD" if name in plain else "NONE" for name in column_names},
+        "use_dictionary": [
+            leaves[name] for name in plain if name not in ("sha256", "bytes", "top_confidences")
+        ],
+        "write_statistics": [leaves[name] for name in plain if name in ("key", "shard", "index", "label")],
+    }

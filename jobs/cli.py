@@ -32,7 +32,7 @@ from jobs.logs import json_logs, wants_json
 if TYPE_CHECKING:
     from engine.backbones.kinds import BackboneConfig
     from engine.runtimes.kinds import RuntimeConfig
-    from engine.storage import StorageConfig
+    from engine.storage import StorageConfig, Store
 
 app = typer.Typer(
     name="engine",
@@ -64,6 +64,16 @@ def _moment(text: str) -> float:
         raise typer.BadParameter(
             f"{text!r} is no time; wanted: 2026-11-20, 2026-11-20T22:00, 2026-11-20T22:00+00:00, 90m, 36h or 7d"
         ) from None
+
+
+def _size(text: str) -> int:
+    """Bytes, of a number with a unit."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]i?B)", text)
+    size = round(float(found[1]) * units[found[2]]) if found and found[2] in units else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no size; wanted: 512MiB, 1GiB, 500MB")
+    return size
 
 
 Since = Annotated[
@@ -107,6 +117,13 @@ class UnmappedName(StrEnum):
 
     REFUSE = "refuse"
     KEEP = "keep"
+
+
+class TableForm(StrEnum):
+    """What a table can be exported as."""
+
+    NPY = "npy"
+    CSV = "csv"
 
 
 RECIPE_CLASSES = {
@@ -576,29 +593,183 @@ def duplicates(  # noqa: PLR0913, PLR0917 (each is an option)
 
 
 @app.command()
-def export(
-    bundle: Annotated[str, typer.Argument(help="URI of a bundle.")],
-    target: Annotated[str, typer.Argument(help="URI of the folder for the SavedModel; it must be empty.")],
+def export(  # noqa: PLR0913, PLR0917 (each is an option)
+    source: Annotated[str, typer.Argument(metavar="BUNDLE|TABLE", help="URI of a bundle, or of a table.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEST",
+            help="Of a bundle: URI of the folder for the SavedModel; it must be empty. Of a table: on this machine's "
+            "disk, a folder (npy) or a file (csv).",
+        ),
+    ],
+    to: Annotated[
+        TableForm | None,
+        typer.Option(
+            "--to", help="Of a table: npy for its embeddings as an array, csv for its other columns."
+        ),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="With --to csv: embeddings too, as JSON arrays.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --to: replace the files of an earlier export.")
+    ] = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
     anonymous: Anonymous = False,
     as_json: Json = False,
 ) -> None:
-    """Write backbone and head as one TensorFlow SavedModel: images in, labels and probabilities out.
+    """Write a bundle as a TensorFlow SavedModel, or a table as a NumPy array or CSV; what lies at the URI decides.
 
-    Signature serving_default takes pixels, uint8 (B, S, S, 3), RGB, and answers what the pipeline answers, which is
-    checked before anything is written. Signature encoded takes whole JPEG, PNG, GIF or BMP files; TensorFlow decodes
-    them by its own rules, so that probabilities differ a little, and pictures that say they are turned are not.
+    Of a bundle: backbone and head as one model, images in, labels and probabilities out. Signature serving_default
+    takes pixels, uint8 (B, S, S, 3), RGB, and answers what the pipeline answers, which is checked before anything is
+    written. Signature encoded takes whole JPEG, PNG, GIF or BMP files; TensorFlow decodes them by its own rules, so
+    that probabilities differ a little, and pictures that say they are turned are not.
+
+    Of a table: --to npy writes DEST/embeddings.npy, (rows, width), and DEST/rows.parquet, the other columns of the same
+    rows; --to csv one file. Rows come in the order of shard and index. A file has its name only when it is whole.
+
     Keys for S3 come from the usual AWS environment or role.
     """
-    _import_tensorflow()
-    from engine.export import export_bundle
-    from engine.heads.bundle import open_bundle
+    from engine.inspection import BUNDLE, TABLE, kind_at
     from engine.storage import open_store
 
     storage = _storage("export", endpoint_url, region, anonymous)
-    exported = export_bundle(open_bundle(open_store(bundle, storage)), open_store(target, storage), storage)
+    store = open_store(source, storage)
+    kind = kind_at(store)
+    if kind == TABLE and to is None:
+        raise typer.BadParameter(f"{source} is a table: say --to npy or --to csv")
+    if kind == BUNDLE and to is not None:
+        raise typer.BadParameter(f"{source} is a bundle: --to is for tables")
+    if (embeddings and to is not TableForm.CSV) or (overwrite and to is None):
+        raise typer.BadParameter("--embeddings belongs to --to csv, --overwrite to --to npy or csv")
+    if to is None:
+        _export_bundle(store, open_store(target, storage), as_json)
+    else:
+        _export_table(store, Path(target), to, embeddings, overwrite, as_json)
+
+
+def _export_bundle(store: Store, target: Store, as_json: bool) -> None:
+    _import_tensorflow()
+    from engine.export import export_bundle
+    from engine.heads.bundle import open_bundle
+
+    exported = export_bundle(open_bundle(store), target, store.config)
     _print_facts(asdict(exported), as_json)
+
+
+def _export_table(
+    store: Store, target: Path, to: TableForm, embeddings: bool, overwrite: bool, as_json: bool
+) -> None:
+    from engine.table_export import export_arrays, export_csv
+    from engine.tables import open_any_table
+    from jobs.outcome import print_summary, progress_bar
+
+    table = open_any_table(store)
+    with _interruptible(), progress_bar("parts", 0) as (bar, task):
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if to is TableForm.NPY:
+            exported = export_arrays(table, target, overwrite, report)
+        else:
+            exported = export_csv(table, target, embeddings, overwrite, report)
+    summary = {"verb": "export", "table": store.uri, "kind": table.record["kind"], **asdict(exported)}
+    print_summary({**summary, "files": ", ".join(exported.files)})
+    if as_json:
+        print(json.dumps(summary))
+
+
+@app.command()
+def sql(  # noqa: PLR0913, PLR0917 (each is an option)
+    query: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT, in DuckDB's SQL.")],
+    tables: Annotated[
+        list[str],
+        typer.Option(
+            "--table",
+            metavar="[NAME=]URI",
+            help="Of an embedding or prediction table; may be repeated. With NAME the view has that name.",
+        ),
+    ],
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the rows to this CSV file; one that is there is not replaced.")
+    ] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Likewise, to a Parquet file.")] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Ask tables something in SQL, wherever they lie: views `embeddings`, `predictions` and `rejects`.
+
+    A prediction table brings the embeddings it was made of. Each shard is read in one version; columns and rows that
+    are not asked for stay where they are, and nothing is changed. Other files can be joined by their path: FROM
+    'answers.csv'. Needs DuckDB: pip install 'image-feature-engine[analytics]'. Keys for S3 come from the usual AWS
+    environment or role.
+    """
+    from jobs.sql import run_sql
+
+    if csv is not None and parquet is not None:
+        raise typer.BadParameter("--csv or --parquet, not both")
+    storage = _storage("sql", endpoint_url, region, anonymous)
+    with _interruptible():
+        run_sql(query, tables, storage, csv, parquet, as_json)
+
+
+@app.command()
+def compact(  # noqa: PLR0913, PLR0917 (each is an option)
+    table: Annotated[str, typer.Argument(help="URI of an embedding or prediction table.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEST", help="URI of the copy, an empty place; unfinished work is begun again."
+        ),
+    ],
+    file_size: Annotated[
+        int,
+        typer.Option(
+            parser=_size, metavar="SIZE", help="Of a file of the copy, about; such as 512MiB or 1GiB."
+        ),
+    ] = "512MiB",  # type: ignore[assignment]  # the parser reads it
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of this machine with room for the whole table; by default that for temporary files."
+        ),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a table into few large Parquet files, sorted by key, and read the copy again before saying that it is done.
+
+    The table is only read. The copy is for programs that read whole tables; no job adds to it. Some GiB of memory are
+    enough for any table. Keys for S3 come from the usual AWS environment or role.
+    """
+    from engine.compaction import compact_table
+    from engine.storage import open_store
+    from engine.tables import open_any_table
+    from jobs.outcome import print_summary, progress_bar, say
+
+    storage, started = _storage("compact", endpoint_url, region, anonymous), time.monotonic()
+    opened, place = open_any_table(open_store(table, storage)), open_store(target, storage)
+    with _interruptible(), progress_bar("parts read", 0) as (bar, task):
+        done = compact_table(
+            opened,
+            place,
+            file_size,
+            scratch,
+            lambda step, count, total: bar.update(task, description=step, completed=count, total=total),
+        )
+    if done.incomplete_shards:
+        say(f"note: {done.incomplete_shards:,} shards of the table are not done to their end")
+    summary = {"verb": "compact", **asdict(done), "seconds": round(time.monotonic() - started, 3)}
+    print_summary(summary)
+    if as_json:
+        print(json.dumps(summary))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from engine.storage import Store, open_store
 from engine.tables import (
     READ_THREADS,
     EmbeddingPartFacts,
+    PredictionPartFacts,
     claim_table,
     count_rejects,
     list_parts,
@@ -29,6 +31,7 @@ from engine.tables import (
     sweep_predictions,
     table_progress,
     write_embedding_part,
+    write_prediction_part,
 )
 from tests.embedding_tables import write_table
 
@@ -119,6 +122,31 @@ def test_the_first_run_claims_a_table_and_an_equal_one_joins_it(store: Store) ->
     first = claim_table(store, record(dtype="float32", image=("jpg", "png")) | {"created": "1"})
     second = claim_table(store, record(dtype="float32", image=("jpg", "png")) | {"created": "2"})
     assert first["created"] == second["created"] == "1"
+
+
+def test_of_predictions_of_a_rewritten_embedding_part_the_latest_are_read(store: Store) -> None:
+    claim_table(store, record() | {"kind": "predictions"})
+    shard = part_name("a.tar", IDENTITY, 0, True)
+    for identity, label in (("etag:2:9", "newer"), ("etag:1:9", "older")):
+        data = pa.table(
+            {
+                "key": ["k"],
+                "shard": ["a.tar"],
+                "index": [0],
+                "label": [label],
+                "confidence": pa.array([1], pa.float32()),
+                "top_labels": [[label]],
+                "top_confidences": [[1.0]],
+                "bundle": ["b"],
+            },
+            schema=predictions_schema(1),
+        )
+        made_of = PredictionPartFacts("b", "f", str(shard), identity, 1)
+        write_prediction_part(store, prediction_name(shard, identity), data, made_of)
+        path = Path(store.uri, "data", str(prediction_name(shard, identity)))
+        os.utime(path, (2_000_000_000, 2_000_000_000 + (label == "newer")))
+    table = open_table(store, "predictions")
+    assert (len(table.parts), table.read(["label"])["label"].to_pylist()) == (1, ["newer"])
 
 
 def test_another_contract_is_refused_with_both_values_of_every_field(store: Store) -> None:
