@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format lock manifests clean
+.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format lock docs manifests clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -67,6 +67,9 @@ lock: .venv/.installed  ## requirements.lock from pyproject.toml; `make lock UPG
 	.venv/bin/uv pip compile pyproject.toml --python-platform x86_64-manylinux_2_28 --python-version 3.11 --extra gpu \
 	  --extra demo --constraint requirements.lock --generate-hashes --quiet --custom-compile-command "make lock" \
 	  $(if $(UPGRADE),--upgrade) --output-file k8s/gpu.lock
+
+docs: .venv/.installed  ## engine/docs/recipes.md, from the recipes' own models
+	.venv/bin/python -m jobs.recipe_page
 
 manifests: .venv/.installed  ## RayJobs of k8s/base and patches of its overlays, as `engine manifest` prints them
 	.venv/bin/python -m k8s.render

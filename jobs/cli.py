@@ -986,9 +986,20 @@ def launch(
 
 
 @app.command()
-def schema(verb: Annotated[str, typer.Argument(help=", ".join(RECIPE_CLASSES))]) -> None:
+def schema(
+    verb: Annotated[str, typer.Argument(help=", ".join(RECIPE_CLASSES))],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Tables for people: fields, types, defaults, meanings.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of a verb's recipe."""
-    print(json.dumps(_recipe_class(verb).model_json_schema(), indent=2))
+    model = _recipe_class(verb)
+    if markdown:
+        from engine.recipe_page import recipe_page
+
+        print(recipe_page({verb: model}), end="")
+    else:
+        print(json.dumps(model.model_json_schema(), indent=2))
 
 
 @app.command()

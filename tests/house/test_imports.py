@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "log_lines",
         "quiet_start",
     ),
-    ("parts", "storage", "beside", "plain_pages", "copies", "representatives"),
+    ("parts", "storage", "beside", "plain_pages", "copies", "representatives", "recipe_page"),
     (
         "recipes",
         "worklist",
@@ -158,6 +158,7 @@ def test_tensorflow_is_imported_only_where_numbers_are_computed(repository: Path
         ["--help"],
         ["extract", "no-such-recipe.yaml"],
         ["schema", "extract"],
+        ["schema", "nightly", "--markdown"],
         ["fit", "--help"],
         ["predict", "--help"],
         ["submit", "no-such-recipe.yaml", "--verb", "extract"],
