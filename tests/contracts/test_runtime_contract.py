@@ -103,7 +103,7 @@ def test_any_number_of_images_gives_as_many_rows_in_their_order(
     opened: Opened, photos: np.ndarray, num_images: int
 ) -> None:
     embeddings = opened.runtime.run(photos[:num_images])
-    assert (embeddings.shape, embeddings.dtype) == ((num_images, 1280), np.float32)
+    assert (embeddings.shape, embeddings.dtype) == ((num_images, opened.backbone.width), np.float32)
     one_by_one: list[Any] = [opened.runtime.run(photos[i : i + 1])[0] for i in range(num_images)]
     tolerance = (
         1e-5 if opened.precision == "float32" else 0.05

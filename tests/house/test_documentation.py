@@ -14,7 +14,13 @@ from engine.config import load_recipe
 from engine.schema import RejectReason
 from jobs.cli import RECIPE_CLASSES, app
 
-DOCUMENTS = ("README.md", "engine/README.md", "jobs/recipes/README.md")
+PAGES = ("recipes", "extending", "failures", "performance", "decisions")
+DOCUMENTS = (
+    "README.md",
+    "engine/README.md",
+    "jobs/recipes/README.md",
+    *(f"engine/docs/{page}.md" for page in PAGES),
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +141,18 @@ def test_wrong_arguments_exit_2_with_one_message(repository: Path, arguments: li
     assert ended.returncode == 2, ended.stderr
     assert said.lower() in ended.stderr.lower()
     assert "Traceback" not in ended.stderr
+
+
+def test_every_decision_has_a_number_a_date_a_measured_answer_and_a_place(repository: Path) -> None:
+    text = (repository / "engine/docs/decisions.md").read_text(encoding="utf-8")
+    records = re.findall(
+        r"^\*\*D(\d+)\. (.+?)\*\* \((\d{4}-\d{2}-\d{2})\) (.+?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    assert [int(number) for number, *_ in records] == list(range(1, len(records) + 1))
+    assert len(records) == text.count("\n**D") >= 25
+    for number, question, _, answer in records:
+        assert question.endswith("?"), f"D{number}"
+        places = re.findall(r"`((?:engine|jobs|tests)/[\w/.]+|pyproject\.toml)`\s*\Z", answer)
+        assert places and (repository / places[0]).exists(), (
+            f"D{number}: where it stands in the code comes last"
+        )
