@@ -1,14 +1,14 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format lock docs manifests clean
+.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format hooks lock docs manifests clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 IS_FIT := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
 demo: .venv/.installed  ## the whole cycle on bundled real images
 	.venv/bin/engine demo
@@ -59,6 +59,12 @@ lint: .venv/.installed  ## ruff (rules and layout) and mypy (types)
 format: .venv/.installed  ## let ruff put the code in order
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+hooks:  ## git runs `make lint` before each commit here (with pre-commit: .pre-commit-config.yaml)
+	@hook="$$(git rev-parse --git-path hooks)/pre-commit"; \
+	  if [ -e "$$hook" ] && ! grep -q '^exec make lint$$' "$$hook"; then \
+	    echo "$$hook is there and not ours: put 'make lint' into it, or remove it"; exit 1; fi; \
+	  mkdir -p "$${hook%/*}" && printf '#!/bin/sh\nexec make lint\n' > "$$hook" && chmod +x "$$hook" && echo "wrote $$hook"
 
 lock: .venv/.installed  ## requirements.lock from pyproject.toml; `make lock UPGRADE=1` takes newer versions
 	.venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra demo --extra test \

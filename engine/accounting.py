@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -252,7 +253,7 @@ def _samples_in_last_parts(table: Store, progress: TableProgress) -> int:
     samples = 0
     with ThreadPoolExecutor(READ_THREADS) as pool:
         while some := list(itertools.islice(names, 1000)):
-            samples += sum(pool.map(lambda name: read_shard_facts(table, name).samples, some))
+            samples += sum(facts.samples for facts in pool.map(partial(read_shard_facts, table), some))
     return samples
 
 

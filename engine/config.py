@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.errors import RecipeError
 
 RecipeT = TypeVar("RecipeT", bound="Config")
+_NO_SCHEMA: Mapping[str, Any] = {}
 
 
 class Config(BaseModel):
@@ -116,7 +117,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key: Any = self.construct_object(key_node, deep=True)  # pyright: ignore[reportUnknownMemberType]
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is written twice", key_node.start_mark
@@ -133,7 +134,8 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def _as_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)  # pyright: ignore[reportUnknownMemberType]
 
 
 _PlainDumper.add_representer(str, _as_text)
@@ -147,7 +149,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path}: cannot be read", found=str(error)) from None
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
+        document: Any = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path}: not valid YAML", found=" ".join(str(error).split())) from None
     if not isinstance(document, dict):
@@ -156,7 +158,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             found="an empty file" if document is None else f"a {type(document).__name__}",
             wanted="`field: value` lines; see `engine schema VERB`",
         )
-    return document
+    return cast("dict[str, Any]", document)
 
 
 def _with_override(document: Any, override: str) -> Any:
@@ -183,20 +185,20 @@ def _replaced(node: Any, names: Sequence[str], value: Any, override: str) -> Any
         return value
     name, rest = names[0], names[1:]
     if isinstance(node, list):
-        if not name.isdecimal() or int(name) >= len(node):
+        items = cast("Sequence[Any]", node)
+        if not name.isdecimal() or int(name) >= len(items):
             raise RecipeError(
                 f"--set {override}: no entry {name!r}",
-                found=f"a list of {len(node)}",
+                found=f"a list of {len(items)}",
                 wanted="its index from 0",
             )
         return [
-            _replaced(item, rest, value, override) if i == int(name) else item for i, item in enumerate(node)
+            _replaced(item, rest, value, override) if i == int(name) else item for i, item in enumerate(items)
         ]
-    if node is None:
-        node = {}
-    if not isinstance(node, dict):
+    if not isinstance(node, dict | None):
         raise RecipeError(f"--set {override}: cannot look for {name!r} inside a value", found=repr(node))
-    return {**node, name: _replaced(node.get(name), rest, value, override)}
+    fields = cast("dict[str, Any]", node or {})
+    return {**fields, name: _replaced(fields.get(name), rest, value, override)}
 
 
 def _explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
@@ -233,7 +235,8 @@ def _siblings(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     for step in loc[:-1]:
         node = _resolved(node, schema)
         if "oneOf" in node and isinstance(step, str):  # a step into a tagged union is the tag
-            node = next((o for o in (_resolved(o, schema) for o in node["oneOf"]) if _has_tag(o, step)), {})
+            options = (_resolved(option, schema) for option in node["oneOf"])
+            node = next((option for option in options if _has_tag(option, step)), _NO_SCHEMA)
         elif isinstance(step, int):
             node = node.get("items", {})
         else:

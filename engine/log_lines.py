@@ -16,10 +16,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from engine.errors import EngineError
@@ -136,9 +136,9 @@ def _utc(moment: float) -> str:
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity, and no keys but text."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner) for key, inner in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner) for inner in cast("list[Any]", value)]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

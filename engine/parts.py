@@ -138,7 +138,8 @@ class Progress:
     @staticmethod
     def in_all(tables: Sequence[Progress]) -> Progress:
         """What exists in each of several tables of the same parts; where the shard ends, any of them can tell."""
-        numbers = set.intersection(*(set(one.numbers) for one in tables))
+        first, *others = (set(one.numbers) for one in tables)
+        numbers = first.intersection(*others)
         last = next((one.last for one in tables if one.last is not None), None)
         return Progress(tuple(sorted(numbers)), last)
 

@@ -6,10 +6,10 @@ Not for: what a field means. That is its docstring, which stands in the code bes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from pydantic.json_schema import models_json_schema
 
@@ -60,7 +60,7 @@ def recipe_page(recipes: Mapping[str, type[Config]]) -> str:
 
 def _collect(name: str, verb: str, path: str, models: Schema, blocks: dict[str, _Block]) -> None:
     """Note the blocks below a model, in the order in which a reader meets them."""
-    below = []
+    below: list[tuple[str, str]] = []
     for label, property_ in models[name].get("properties", {}).items():
         for steps, inner in _references(property_):
             below.append((inner, f"{path}.{label}{steps}".lstrip(".")))
@@ -131,7 +131,9 @@ def _plain_type(node: Schema, models: Schema) -> str:
         return _list_type(node, models)
     if node.get("type") == "object":
         values = node.get("additionalProperties")
-        return "map" + (f" of text to {_type(values, models)}" if isinstance(values, dict) else "")
+        return "map" + (
+            f" of text to {_type(cast('Schema', values), models)}" if isinstance(values, dict) else ""
+        )
     if node.get("type") == "null":
         return "`null`"
     bounds = [words.format(_json(node[bound])) for bound, words in _BOUNDS.items() if bound in node]
@@ -155,9 +157,10 @@ def _default(property_: Schema, models: Schema) -> str:
     held = [_name(option) for option in (property_, *property_.get("oneOf", ())) if "$ref" in option]
     if not isinstance(value, dict) or not held:
         return f"`{_json(value)}`"
-    (name,) = [name for name in held if len(held) == 1 or _kind_of(models[name]) == value.get("kind")]
+    given = cast("dict[str, Any]", value)
+    (name,) = [name for name in held if len(held) == 1 or _kind_of(models[name]) == given.get("kind")]
     own = {label: inner.get("default") for label, inner in models[name]["properties"].items()}
-    other = {label: given for label, given in value.items() if label == "kind" or given != own[label]}
+    other = {label: one for label, one in given.items() if label == "kind" or one != own[label]}
     return f"`{_json(other)}`" if other else "its defaults"
 
 
@@ -168,9 +171,11 @@ def _kind_of(model: Schema) -> Any:
 def _json(value: Any) -> str:
     """As YAML's one-line form would have it, where it is short."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_json(inner)}" for name, inner in value.items()) + "}"
+        fields = cast("dict[str, Any]", value)
+        return "{" + ", ".join(f"{name}: {_json(inner)}" for name, inner in fields.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_json(inner) for inner in value) + "]"
+        items = cast("Sequence[Any]", value)
+        return "[" + ", ".join(_json(inner) for inner in items) + "]"
     if isinstance(value, str):
         return value if value and value[0] not in "*&!%@[{" else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):

@@ -5,7 +5,7 @@ Only values; the blocks of one room (source, backbone, runtime, head ...) stand 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -54,9 +54,9 @@ class ActorRange(Config):
 def _as_range(actors: Any) -> Any:
     if isinstance(actors, int) and not isinstance(actors, bool):
         return {"min": actors, "max": actors}
-    if not isinstance(actors, (dict, ActorRange)):
-        raise ValueError("a number of actors, or {min: 1, max: 8}")
-    return actors
+    if isinstance(actors, (dict, ActorRange)):
+        return cast(Any, actors)
+    raise ValueError("a number of actors, or {min: 1, max: 8}")
 
 
 Actors = Annotated[ActorRange, BeforeValidator(_as_range, json_schema_input_type=int | ActorRange)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from engine.errors import ObjectNotFound
 from engine.storage import Store
@@ -38,11 +38,11 @@ def last_run(store: Store) -> dict[str, Any] | None:
     """The record of the latest run; None where there is none."""
     for path in _latest_first(store):
         try:
-            record = json.loads(store.read(path))
+            record: Any = json.loads(store.read(path))
         except (ObjectNotFound, ValueError):
             continue  # removed meanwhile, or somebody else's
         if isinstance(record, dict) and "run_id" in record:
-            return record
+            return cast("dict[str, Any]", record)
     return None
 
 

@@ -202,7 +202,7 @@ class FilesSource(ShardSource):
 
     def contract(self) -> dict[str, Any]:
         """The fields that change what a part contains; which files there are changes their groups' identities."""
-        of_a_list = set() if self.list is not None else {"list", "path", "metadata"}
+        of_a_list: set[str] = set() if self.list is not None else {"list", "path", "metadata"}
         return self.model_dump(mode="json", exclude={"pattern", "image", *of_a_list})
 
     def metadata_columns(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn, cast, final
 
 MAX_TEXT_BYTES = (
     2**20
@@ -162,7 +162,7 @@ def _field_value(document: Any, steps: tuple[str, ...]) -> Any:
     for step in steps:
         if not isinstance(document, dict):
             return None
-        document = document.get(step)
+        document = cast("dict[str, Any]", document).get(step)
     return document
 
 
