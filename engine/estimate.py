@@ -59,10 +59,10 @@ class Rates(Config):
     """Images/s that one core decodes and embeds where there is no GPU (MobileNetV2, 160 px, float32, 500 x 375 JPEGs:
     1,370 on 16 cores, tests/benchmarks/results/2026-11-23-16-cores.json)."""
     images_per_gpu: float = Field(15_264, gt=0)
-    """Images/s that one GPU embeds while nothing holds it up (EfficientNet-Lite0, 224 px, float16, one H100; README,
-    2026-11-23)."""
+    """Images/s that one GPU embeds while nothing holds it up (EfficientNet-Lite0, 224 px, float16, one H100;
+    performance.md, 2026-11-23)."""
     decoded_per_core: float = Field(462.5, gt=0)
-    """Images/s that one core beside a GPU reads and decodes (7,400 on 16 cores, the GPU waiting; README,
+    """Images/s that one core beside a GPU reads and decodes (7,400 on 16 cores, the GPU waiting; performance.md,
     2026-11-23)."""
     efficiency: float = Field(0.92, gt=0, le=1)
     """Share of so many times one node that several nodes reach (64 sleeping actors of one machine,
@@ -74,7 +74,7 @@ class Rates(Config):
     """Seconds that the store takes for one page of a listing (AWS states 100 to 200 ms for small requests; not measured
     by us)."""
     listed_key_seconds: float = Field(14.5e-6, ge=0)
-    """Seconds that the driver takes for one listed key (1,100,000 in 16 s; README, 2026-11-22)."""
+    """Seconds that the driver takes for one listed key (1,100,000 in 16 s; performance.md, 2026-11-22)."""
 
 
 class ClusterOnPaper(Config):
@@ -156,8 +156,9 @@ CLUSTERS = MappingProxyType(
     }
 )
 
-# Of its own, libraries included; 160 bytes for each pending shard and 22 for each part that exists on top (README,
-# 306 MB for a million shards, 2026-11-22). Listings from S3 hold up to 100,000 keys more while they are sorted.
+# Of its own, libraries included; 160 bytes for each pending shard and 22 for each part that exists on top
+# (performance.md, 306 MB for a million shards, 2026-11-22). Listings from S3 hold up to 100,000 keys more while they
+# are sorted.
 DRIVER_BASE_BYTES, BYTES_PER_PENDING_SHARD, BYTES_PER_PART = 186_000_000, 160, 22
 # `require_writable` writes and deletes a probe, and `_table.json` is created.
 WRITES_BESIDE_PARTS = 2

@@ -17,7 +17,9 @@ as JSON Schema, and `engine schema VERB --markdown` a page like this one for one
 
 A recipe is YAML. A field that is not on this page is refused, with the nearest name; a kind that is not, with the list
 of those that are. `--set path.to.key=value` changes one field of any recipe (`--set bundles.0.output.top_k=3`).
-Recipes that run are in `jobs/recipes/`; the [README](../../README.md#use) has a short one for each verb.
+Short ones: `extract`, `fit` and `score` in the [README](../../README.md#use),
+[finetune](training.md#what-fine-tuning-does), [nightly](operations.md#what-a-night-does). Some that run are in
+[jobs/recipes](../../jobs/recipes/README.md).
 
 """
 

@@ -198,8 +198,8 @@ def test_defaults_are_what_the_benchmarks_measured(repository: Path) -> None:
     assert Rates().efficiency == many["of_ideal"]
     per_part = many["driver_cores"] * many["seconds"] / many["parts"]
     assert Rates().driver_seconds_per_part == pytest.approx(per_part, rel=0.001)
-    readme = (repository / "README.md").read_text(encoding="utf-8")
-    assert "15,264 images/s in float16; decoding kept the whole at 7,400" in readme
+    page = (repository / "engine/docs/performance.md").read_text(encoding="utf-8")
+    assert "15,264 images/s in float16; decoding kept the whole at 7,400" in page
     assert Rates().images_per_gpu == 15_264
     assert Rates().decoded_per_core * 16 == 7_400
 

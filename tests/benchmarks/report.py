@@ -1,4 +1,4 @@
-"""What measured rates mean: ratios beside their goals, a table for the terminal, and one for the README."""
+"""What measured rates mean: ratios beside their goals, a table for the terminal, and one for the page of figures."""
 
 from __future__ import annotations
 

@@ -451,7 +451,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file"
     )
-    parser.add_argument("--render", type=Path, metavar="JSON", help="print the README's table of this result")
+    parser.add_argument(
+        "--render", type=Path, metavar="JSON", help="print this result's table for engine/docs/performance.md"
+    )
     return parser
 
 
