@@ -51,10 +51,11 @@ bench-growth: .venv/.installed  ## how the rate grows with actors, shards, image
 bench-planning: .venv/.installed  ## how long planning takes, and what a million shards cost the driver
 	.venv/bin/python -m tests.benchmarks.planning
 
-lint: .venv/.installed  ## ruff (rules and layout) and mypy (types)
+lint: .venv/.installed  ## ruff (rules and layout), mypy and pyright (types)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/basedpyright
 
 format: .venv/.installed  ## let ruff put the code in order
 	.venv/bin/ruff check --fix .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,30 @@ def test_hooks_of_pre_commit_are_the_commands_of_make_lint_and_download_nothing(
     assert [hook["entry"] for hook in repo["hooks"]] == lint_commands(repository)
     assert {(hook["language"], hook["pass_filenames"]) for hook in repo["hooks"]} == {("system", False)}
     assert len({hook["id"] for hook in repo["hooks"]}) == len(repo["hooks"])
+
+
+def test_what_is_read_strictly_is_there_in_order_and_is_not_less_than_what_all_lean_on(
+    repository: Path,
+) -> None:
+    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "basedpyright"
+    ]
+    assert settings["typeCheckingMode"] == "strict"
+    assert settings["include"] == sorted(set(settings["include"]))
+    assert [path for path in settings["include"] if not (repository / path).is_file()] == []
+    leaned_on = (
+        "errors",
+        "config",
+        "parts",
+        "plan",
+        "accounting",
+        "gate",
+        "lease",
+        "sizing",
+        "worklist",
+        "doctor",
+    )
+    assert {f"engine/{name}.py" for name in leaned_on} <= {*settings["include"]}
 
 
 @pytest.fixture
