@@ -193,6 +193,31 @@ class Verdict:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far the cosines of one set of rows are from those of another.
+
+    Attributes:
+        psi: the population stability index, over about equally large groups of the rows before.
+        by_chance: what two samples of one population exceed once in a thousand.
+    """
+
+    psi: float
+    by_chance: float
+
+
+def drift(before: Sequence[int], now: Sequence[int]) -> Drift | None:
+    """Of rows in the same bins of a reference; None where one side has none.
+
+    Raises:
+        ValueError: they are counted in different bins.
+    """
+    if not sum(before) or not sum(now):
+        return None
+    groups = _grouped(before, now)
+    return Drift(population_stability_index(*groups), index_by_chance(len(groups[0]), sum(before), sum(now)))
+
+
 _WAYS_OUT = {
     ROW_ACCOUNTING: "delete the folder held/ of the predictions and run again, which scores those parts anew",
     "max_reject_fraction": "the rejects/ folder of the embeddings says what is wrong with each sample",

@@ -197,6 +197,8 @@ def _nights_of(store: Store) -> dict[str, Any]:
     last = night and {name: night[name] for name in wanted if night.get(name) is not None}
     if last and isinstance(gate := (night or {}).get("gate"), dict):
         last["passes_gate"] = gate.get("passes")
+    if last and isinstance(error := (night or {}).get("error"), dict):
+        last["error"] = error.get("thing")
     return {"held_parts": sum(1 for _ in part_names(held_store(store))), "last_night": last}
 
 

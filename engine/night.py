@@ -57,6 +57,7 @@ class Tally:
         abstained: rows without a label.
         cosine_counts: by nearness to what the bundle was fitted on, in its reference's bins; None: it has none.
         compared, agreeing: keys that had a prediction before their shard was replaced, and of those with the same now.
+        parts_with_rejects: embedding parts among them that have any.
     """
 
     parts: int
@@ -69,6 +70,7 @@ class Tally:
     cosine_counts: tuple[int, ...] | None
     compared: int
     agreeing: int
+    parts_with_rejects: tuple[PartName, ...] = ()
 
 
 def held_store(table: Store) -> Store:
@@ -131,7 +133,8 @@ def tally(
         TableDamaged: a part was not made for this: it does not say what is in it.
     """
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        sources = list(pool.map(lambda part: read_embedding_facts(embeddings, _embedding_part(part)), held))
+        names = [_embedding_part(part) for part in held]
+        sources = list(pool.map(lambda name: read_embedding_facts(embeddings, name), names))
     labels: Counter[str] = Counter()
     cosines: list[int] | None = [] if held else None
     for part in held:
@@ -155,6 +158,7 @@ def tally(
         cosine_counts=None if cosines is None else tuple(cosines),
         compared=compared,
         agreeing=agreeing,
+        parts_with_rejects=tuple(name for name, source in zip(names, sources, strict=True) if source.rejects),
     )
 
 
@@ -196,21 +200,22 @@ def keep_night(table: Store, run_id: str, summary: Mapping[str, Any]) -> str:
 
 def last_night(table: Store) -> dict[str, Any] | None:
     """The summary of the last night, also of one that was held back."""
-    return next(_nights(table), None)
+    return next(nights(table), None)
 
 
 def last_published(table: Store) -> dict[str, Any] | None:
     """The summary of the last night that published something here."""
     counts = ("answer_counts", "abstained")
-    for night in _nights(table):
+    for night in nights(table):
         if night.get("published_rows") and all(night.get(name) is not None for name in counts):
             return night
     return None
 
 
-def _nights(table: Store) -> Iterator[dict[str, Any]]:
+def nights(table: Store) -> Iterator[dict[str, Any]]:
     """Summaries, the latest first: their names begin with the time."""
-    for path in sorted(table.names(NIGHTS_FOLDER), reverse=True):
+    paths = (path for path in table.names(NIGHTS_FOLDER) if path.endswith(".json"))
+    for path in sorted(paths, reverse=True):
         try:
             night = json.loads(table.read(path))
         except (ObjectNotFound, ValueError):

@@ -29,11 +29,20 @@ from engine.copies import written_as
 from engine.errors import AlreadyExists, ContractMismatch, EngineError, RecipeError, TableDamaged
 from engine.heads.bundle import open_bundle
 from engine.heads.reference import Reference
+from engine.night import held_store
 from engine.parts import PartName, prediction_name
 from engine.representatives import Representatives, of_unit_length
 from engine.schema import SAMPLE_FIELDS
 from engine.storage import ObjectInfo, StorageConfig, Store, open_folder_of, open_store
-from engine.tables import READ_THREADS, Table, embeddings_matrix, is_of_images, open_table, read_part
+from engine.tables import (
+    READ_THREADS,
+    Table,
+    embeddings_matrix,
+    is_of_images,
+    list_parts,
+    open_table,
+    read_part,
+)
 
 CANDIDATES_PER_ROW = 20  # kept while the table is read, for each row of the queue
 HELD_BYTES = 1 << 30  # of candidates' embeddings, as float32: 200,000 at width 1,280
@@ -119,6 +128,7 @@ def review_queue(
     other: Store | None = None,
     near_duplicate: float = NEAR_DUPLICATE,
     report: Callable[[int, int], None] = lambda done, total: None,
+    held: bool = False,
 ) -> Review:
     """Choose the rows of a prediction table to ask a person about.
 
@@ -134,12 +144,14 @@ def review_queue(
         near_duplicate: cosine above which two rows are one to a person; some networks put all images nearer than 0.98,
             and a note says so where that leaves fewer rows than are wanted. 1.0: equal images only.
         report: told parts read, parts in all.
+        held: look at the rows that a night holds back, and not at those that readers have.
 
     Raises:
         ContractMismatch: one is no prediction table, or is one of several labels for a row.
         ObjectNotFound, TableDamaged: there is no table, or it has no parts.
     """
-    table = _single_label(open_table(predictions, "predictions"))
+    opened = open_table(predictions, "predictions")
+    table = _single_label(_held_of(opened) if held else opened)
     second = None if other is None else _Other(_single_label(open_table(other, "predictions")))
     notes: list[str] = []
     embeddings = _embeddings_of(table, notes)
@@ -208,6 +220,18 @@ def require_review_uri(uri: str, storage: StorageConfig) -> None:
 
 
 # ---------------------------------------------------------------- what there is
+
+
+def _held_of(table: Table) -> Table:
+    """What is held back of it, as a table."""
+    store = held_store(table.store)
+    parts = tuple(list_parts(store))
+    if not parts:
+        raise TableDamaged(
+            f"{table.store.uri}: nothing is held back here",
+            way_out="leave --held out: readers have all there is",
+        )
+    return dataclasses.replace(table, store=store, parts=parts)
 
 
 def _single_label(table: Table) -> Table:

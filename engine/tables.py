@@ -641,20 +641,29 @@ def is_read(progress: TableProgress, name: PartName) -> bool:
 
 
 def _errors_of(store: Store, name: PartName) -> list[str]:
-    """The `error` column of a rejects file; none where another run has just swept it away."""
+    return [reject["error"] for reject in read_rejects(store, name, ("error",))]
+
+
+def read_rejects(store: Store, name: PartName, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Columns of a part's rejects; none where it has no rejects, or another run has just swept them away.
+
+    Raises:
+        TableDamaged: it is not Parquet, or lacks a column.
+    """
     try:
         encoded = store.read(f"{REJECTS_FOLDER}{name}")
     except ObjectNotFound:
         return []
     try:
-        errors: list[str] = pq.read_table(io.BytesIO(encoded), columns=["error"])["error"].to_pylist()
+        rejects = pq.read_table(io.BytesIO(encoded), columns=list(columns))
+        found: list[dict[str, Any]] = rejects.select(list(columns)).to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise TableDamaged(
             f"{store.uri}/{REJECTS_FOLDER}{name}: not a rejects file",
             found=" ".join(str(error).split())[:200],
             way_out="delete it and its namesake in data/, and run extract again",
         ) from None
-    return errors
+    return found
 
 
 def parts_with_rejects(store: Store) -> list[PartName]:

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -392,6 +393,9 @@ def review(  # noqa: PLR0913, PLR0917 (each is an option)
         float,
         typer.Option(min=0, max=1, help="Cosine of embeddings above which two images are asked about once."),
     ] = 0.98,
+    held: Annotated[
+        bool, typer.Option("--held", help="Of what a night holds back, instead of what is published.")
+    ] = False,
     out: Annotated[
         str | None,
         typer.Option(
@@ -423,6 +427,7 @@ def review(  # noqa: PLR0913, PLR0917 (each is an option)
             None if other is None else open_store(other, storage),
             near_duplicate,
             lambda done, total: bar.update(task, completed=done, total=total),
+            held,
         )
         write_review(found.rows, target, storage)
     for note in found.notes:
@@ -1085,12 +1090,18 @@ def _run_job(
 
     # Ray prints what it has to say of lost tasks; stdout is for the summary alone.
     with _interruptible(), contextlib.redirect_stdout(sys.stderr):
-        outcome = run_watched(verb, job, recipe, run_id, options)
+        outcome = run_watched(verb, job, recipe, run_id, options, _as_typed(verb, path, overrides or ()))
     print_summary(outcome.summary)
     if as_json:
         print(json.dumps(outcome.summary))
     if outcome.verdict is not None:
         raise outcome.verdict
+
+
+def _as_typed(verb: str, recipe: Path, overrides: Sequence[str]) -> str:
+    """The command on this recipe, without options of one run."""
+    words = ["engine", verb, str(recipe), *(word for one in overrides for word in ("--set", one))]
+    return shlex.join(words)
 
 
 def _check_arguments(verb: str, recipe: Path, arguments: Sequence[str]) -> None:

@@ -9,32 +9,42 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from engine import run_metrics
-from engine.config import Config
-from engine.errors import EngineError, HeldBack, PruneRefused, RecipeError
+from engine import __version__, run_metrics
+from engine.config import Config, stable_hash
+from engine.errors import EXIT_BAD_RECIPE, EngineError, HeldBack, PruneRefused, RecipeError, StorageError
 from engine.gate import GateConfig
 from engine.log_lines import print_error
 from engine.run_metrics import RunMetrics
 from jobs.extract import ExtractRecipe
 from jobs.outcome import Outcome, Run, new_run_id, say
 from jobs.score import ScoredBundle, ScoreRecipe
+from jobs.watched import error_facts, exit_code_of, utc
 
 if TYPE_CHECKING:
-    from engine.gate import Verdict
+    from engine import gate
     from engine.heads.bundle import Bundle
+    from engine.heads.reference import Reference
     from engine.lease import Lease
     from engine.night import Held, Tally
     from engine.storage import Store
 
 LEASE_NAME = "_nightly"
+EXTRACTED = ("shards_total", "shards_skipped", "shards_done", "shards_failed", "failed_shards", "shards_left",
+             "shards_older", "shards_replaced", "shards_removed", "parts_written", "parts_pruned", "rows", "rejects",
+             "seconds", "bottleneck")  # fmt: skip
+EXTRACTED_MORE = ("images_per_second", "stage_seconds", "utilisation", "advice")  # for the page
+SCORED = ("parts_written", "parts_left", "rows", "seconds")
+TALLIED = ("rows", "samples", "rejects", "answer_counts", "abstained", "compared", "agreeing")
 
 
 class Budget(Config):
@@ -137,9 +147,14 @@ def run(
         metrics.follow(run_metrics.LEASE_HELD, lambda: 0.0 if lease.lost else 1.0)
         metrics.follow(run_metrics.LEASE_AGE, lambda: lease.age)
         night = _Night({"verb": "nightly", "run_id": run_id, "table": table.uri}, lease, started, as_run)
-        if publish:
-            return _published_by_hand(recipe, night)
-        return _one_night(recipe, night, {"prune": prune, "prune_up_to": prune_up_to, "since": since})
+        night.about.update(_about(recipe, as_run))
+        try:
+            if publish:
+                return _published_by_hand(recipe, night)
+            return _one_night(recipe, night, {"prune": prune, "prune_up_to": prune_up_to, "since": since})
+        except BaseException as error:
+            _keep_failed(recipe, night, error)
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +162,20 @@ class _Night:
     """What every step of a night knows.
 
     Attributes:
-        facts: what its summaries begin with.
+        facts: what its summaries begin with; more as it gets on.
         started: by `time.monotonic()`.
+        about: what is kept of it in each table's `nights/`, beyond the summary.
+        of_table: the same of one table, by its URI.
+        tables: what the summary tells of each table that was judged, by its URI.
     """
 
     facts: dict[str, Any]
     lease: Lease
     started: float
     run: Run
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    of_table: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    tables: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> RunMetrics:
@@ -169,6 +190,28 @@ class _Night:
         """Between two steps that readers see: the lease must still be ours, and whoever watches sees it get on."""
         self.lease.check()
         self.metrics.get_on()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count its seconds; a night that ends in it says so."""
+        began, spent = time.monotonic(), self.facts.setdefault("phase_seconds", {})
+        try:
+            yield
+        except BaseException:
+            self.facts["ended_in"] = name
+            raise
+        finally:
+            spent[name] = round(spent.get(name, 0.0) + time.monotonic() - began, 3)
+
+    def kept(self, summary: Mapping[str, Any], of_table: Mapping[str, Any]) -> dict[str, Any]:
+        """All that is kept of it beside one table."""
+        more = self.of_table.get(of_table["table"], {})
+        return {**summary, **of_table, "tables": None, "seconds": self.seconds, **self.about, **more}
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return round(time.monotonic() - self.started, 3)
 
 
 def stores(recipe: NightlyRecipe) -> list[Store]:
@@ -201,38 +244,46 @@ def _one_night(recipe: NightlyRecipe, night: _Night, options: dict[str, Any]) ->
     extract_until = None if seconds is None else started + recipe.budget.extract_share * seconds
     if until is not None:
         metrics.ends_by(time.time() + until - time.monotonic())
-    extracted = extract.run(recipe.extraction(), until=extract_until, as_run=night.part("extract"), **options)
+    night.about["seconds_at_most"] = seconds
+    with night.phase("extract"):
+        extracted = extract.run(
+            recipe.extraction(), until=extract_until, as_run=night.part("extract"), **options
+        )
+    night.facts["fingerprint"] = extracted.summary["fingerprint"]
+    night.facts["extract"] = {name: extracted.summary.get(name) for name in EXTRACTED}
+    night.about["extract"] = {name: extracted.summary.get(name) for name in (*EXTRACTED, *EXTRACTED_MORE)}
     night.step()
-    scored = score.run(recipe.scoring(), held=True, until=until, as_run=night.part("score"))
+    with night.phase("score"):
+        scored = score.run(recipe.scoring(), held=True, until=until, as_run=night.part("score"))
+    night.facts["score"] = {name: scored.summary[name] for name in SCORED}
     night.step()
     tables = [
         _judged(recipe, wanted, told["bundle"], night)
         for wanted, told in zip(recipe.bundles, scored.summary["bundles"], strict=True)
     ]
-    pruned, too_many = _prune_predictions(recipe, options["prune_up_to"]) if _prunes(options) else (0, [])
-    wanted = ("shards_total", "shards_skipped", "shards_done", "shards_failed", "failed_shards", "shards_left",
-              "shards_older", "shards_replaced", "shards_removed", "parts_written", "parts_pruned", "rows", "rejects",
-              "seconds", "bottleneck")  # fmt: skip
+    pruned, too_many = 0, list[EngineError]()
+    if _prunes(options):
+        with night.phase("prune"):
+            pruned, too_many = _prune_predictions(recipe, options["prune_up_to"])
     left = extracted.summary["shards_left"] + scored.summary["parts_left"]
     summary = {
         **night.facts,
-        "fingerprint": extracted.summary["fingerprint"],
         "is_finished": not left,
-        "extract": {name: extracted.summary.get(name) for name in wanted},
-        "score": {name: scored.summary[name] for name in ("parts_written", "parts_left", "rows", "seconds")},
         "tables": [one for one, _ in tables],
         "published_parts": sum(one["published_parts"] for one, _ in tables),
         "held_parts": sum(one["held_parts"] for one, _ in tables),
         "predictions_pruned": pruned,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": night.seconds,
     }
-    _keep(recipe, summary)
+    verdicts = [verdict for _, verdict in tables] + [extracted.verdict, *too_many]
+    told = [verdict for verdict in verdicts if verdict is not None]
+    night.about["verdicts"] = [error_facts(verdict) for verdict in told]
+    for one in summary["tables"]:
+        _keep(recipe, night, summary, one)
     metrics.set(run_metrics.HELD_PARTS, summary["held_parts"])
     if left:
         say(f"the time is up: {extracted.summary['shards_left']:,} shards and {scored.summary['parts_left']:,} "
             f"parts are left for the next night")  # fmt: skip
-    verdicts = [verdict for _, verdict in tables] + [extracted.verdict, *too_many]
-    told = [verdict for verdict in verdicts if verdict is not None]
     for other in told[1:]:  # the exit code is the first one's
         print_error(other)
     return Outcome(summary, told[0] if told else None)
@@ -308,43 +359,45 @@ def _judged(
 
     table = open_store(wanted.output.uri, recipe.storage)
     embeddings = open_store(recipe.output.uri, recipe.storage)
-    bundle = open_bundle(open_store(wanted.uri, recipe.storage), bundle_id)
-    sweep_predictions(table, lambda: wanted_now(embeddings))  # a publishing may have been killed before it
-    if stale := night.drop_stale(table, wanted_now(embeddings)):
-        say(f"removed {stale:,} held parts that are rewritten or published")
-    held, refused = night.held_parts(table), night.refused(table)
-    tonight = [part for part in held if part.info.path not in refused]
-    found = night.tally(table, embeddings, tonight, bundle.reference_sha256)
-    facts: dict[str, Any] = {
-        "table": table.uri,
-        "bundle": bundle_id,
-        "held_parts": len(held),
-        "refused_parts": len(held) - len(tonight),
-        "published_parts": 0,
-        "published_rows": 0,
-        "rows": found.rows,
-        "answer_counts": found.answer_counts,
-        "abstained": found.abstained,
-        "gate": None,
-    }
-    broken = None
-    if tonight:
-        verdict = _verdict(recipe, table, wanted, bundle, found)
-        facts["gate"] = verdict.to_json()
-        say(f"{table.uri}: {verdict.in_words()}")
-        broken = verdict.error(table.uri)
-        decision = "published" if broken is None else "held_back"
-        this_night.metrics.count(run_metrics.GATE_DECISIONS, decision=decision)
-        if broken is not None:
-            night.refuse(table, tonight, this_night.facts["run_id"])
-            facts["refused_parts"] = len(held)
-        else:
+    more = this_night.of_table.setdefault(table.uri, {"bundle_uri": wanted.uri})
+    with this_night.phase("judge"):
+        bundle = open_bundle(open_store(wanted.uri, recipe.storage), bundle_id)
+        more["task"] = bundle.manifest.task
+        # A publishing may have been killed before it.
+        sweep_predictions(table, lambda: wanted_now(embeddings))
+        if stale := night.drop_stale(table, wanted_now(embeddings)):
+            say(f"removed {stale:,} held parts that are rewritten or published")
+        held, refused = night.held_parts(table), night.refused(table)
+        tonight = [part for part in held if part.info.path not in refused]
+        found = night.tally(table, embeddings, tonight, bundle.reference_sha256)
+        facts = {"table": table.uri, "bundle": bundle_id, "held_parts": len(held)}
+        facts |= {"refused_parts": len(held) - len(tonight), "published_parts": 0, "published_rows": 0}
+        facts |= {name: getattr(found, name) for name in TALLIED} | {"gate": None}
+        this_night.tables[table.uri] = facts
+        broken = None
+        if tonight:
+            verdict, compared = _verdict(recipe, table, wanted, bundle, found)
+            more |= compared | _to_look_at(table, embeddings, tonight, found)
+            facts["gate"] = verdict.to_json()
+            say(f"{table.uri}: {verdict.in_words()}")
+            broken = verdict.error(table.uri)
+            decision = "published" if broken is None else "held_back"
+            this_night.metrics.count(run_metrics.GATE_DECISIONS, decision=decision)
+            if broken is not None:
+                night.refuse(table, tonight, this_night.facts["run_id"])
+                facts["refused_parts"] = len(held)
+                more |= {"refused_tonight": len(tonight), "held_back": error_facts(broken)}
+    if tonight and broken is None:
+        with this_night.phase("publish"):
+            more["is_publishing"] = True
             facts["published_parts"] = night.publish(table, tonight, this_night.step)
             facts |= {"published_rows": found.rows, "held_parts": len(held) - len(tonight)}
+            del more["is_publishing"]
     # At once: the next night goes by it.
-    night.keep_night(table, this_night.facts["run_id"], {**this_night.facts, **facts})
+    night.keep_night(table, this_night.facts["run_id"], this_night.kept(this_night.facts, facts))
     if facts["published_parts"]:
-        sweep_predictions(table, lambda: wanted_now(embeddings))
+        with this_night.phase("publish"):
+            sweep_predictions(table, lambda: wanted_now(embeddings))
     return facts, broken or _still_held(table, held, refused)
 
 
@@ -363,8 +416,9 @@ def _still_held(table: Store, held: Sequence[Held], refused: Mapping[str, str]) 
 
 def _verdict(
     recipe: NightlyRecipe, table: Store, wanted: ScoredBundle, bundle: Bundle, found: Tally
-) -> Verdict:
-    """Hold the night against the bundle's reference and the last night that was published."""
+) -> tuple[gate.Verdict, dict[str, Any]]:
+    """Hold the night against the bundle's reference and the last night that was published; the verdict, and what it was
+    held against."""
     from engine.decisions import decisions_of
     from engine.gate import Night, Population, judge
     from engine.night import last_published
@@ -396,7 +450,57 @@ def _verdict(
         reference=reference,
         last=last,
     )
-    return judge(night, recipe.gate)
+    compared = {
+        "cosine_counts": found.cosine_counts,
+        "reference_sha256": bundle.reference_sha256,
+        "reference": _reference_facts(reference, remembered),
+        "last_night": _last_night(before, bundle, found),
+    }
+    return judge(night, recipe.gate), compared
+
+
+def _reference_facts(
+    reference: gate.Population | None, remembered: Reference | None
+) -> dict[str, Any] | None:
+    """What the bundle remembers, without its centroids."""
+    if reference is None or remembered is None:
+        return None
+    return {
+        "rows": reference.rows,
+        "labels": dict(reference.labels),
+        "edges": remembered.edges_E.tolist(),
+        "cosine_counts": list(reference.cosines),
+    }
+
+
+def _last_night(before: Mapping[str, Any] | None, bundle: Bundle, found: Tally) -> dict[str, Any] | None:
+    """What the night was that published last, and how far tonight's embeddings are from its."""
+    from engine.gate import drift
+
+    if before is None:
+        return None
+    told = {"run_id": before["run_id"], "rows": before["published_rows"]}
+    told |= {"answer_counts": before["answer_counts"], "cosine_counts": None, "drift": None}
+    counts = before.get("cosine_counts")
+    if counts and found.cosine_counts and before.get("reference_sha256") == bundle.reference_sha256:
+        distance = drift(counts, found.cosine_counts)
+        told |= {"cosine_counts": counts, "drift": distance and dataclasses.asdict(distance)}
+    return told
+
+
+def _to_look_at(table: Store, embeddings: Store, tonight: Sequence[Held], found: Tally) -> dict[str, Any]:
+    """Rejects and rows for the page; nothing, and a warning, where they cannot be read."""
+    from engine.night_report import doubtful_rows, rejects_of
+
+    try:
+        return {
+            "predictions_sha256": tonight[0].facts.recipe_sha256,
+            "rejects_found": rejects_of(embeddings, found.parts_with_rejects),
+            "doubtful": doubtful_rows(table, tonight),
+        }
+    except EngineError as error:
+        say(f"the night's page goes without rows to look at: {error.thing}", logging.WARNING)
+        return {}
 
 
 def _published_by_hand(recipe: NightlyRecipe, this_night: _Night) -> Outcome:
@@ -406,44 +510,103 @@ def _published_by_hand(recipe: NightlyRecipe, this_night: _Night) -> Outcome:
     from engine.tables import sweep_predictions
     from jobs.score import wanted_now
 
-    night_facts, started = this_night.facts, this_night.started
     embeddings = open_store(recipe.output.uri, recipe.storage)
     tables: list[dict[str, Any]] = []
     for wanted in recipe.bundles:
         table = open_store(wanted.output.uri, recipe.storage)
-        night.drop_stale(table, wanted_now(embeddings))
-        held = night.held_parts(table)
-        found = night.tally(table, embeddings, held)
-        facts: dict[str, Any] = {"table": table.uri, "held_parts": 0, "by_hand": True}
-        facts |= {
-            "published_parts": night.publish(table, held, this_night.step),
-            "published_rows": found.rows,
-        }
-        facts |= {"answer_counts": found.answer_counts, "abstained": found.abstained}
-        seconds = round(time.monotonic() - started, 3)
-        night.keep_night(table, night_facts["run_id"], {**night_facts, **facts, "seconds": seconds})
-        sweep_predictions(table, lambda: wanted_now(embeddings))
+        with this_night.phase("publish"):
+            night.drop_stale(table, wanted_now(embeddings))
+            held = night.held_parts(table)
+            references = {part.facts.reference_sha256 for part in held}
+            reference_sha256 = references.pop() if len(references) == 1 else None
+            found = night.tally(table, embeddings, held, reference_sha256)
+            counted = {name: getattr(found, name) for name in (*TALLIED, "cosine_counts")}
+            more = counted | {"bundle_uri": wanted.uri, "reference_sha256": reference_sha256}
+            this_night.of_table[table.uri] = more | {"is_publishing": True}
+            facts: dict[str, Any] = {"table": table.uri, "held_parts": 0, "by_hand": True}
+            facts |= {
+                "published_parts": night.publish(table, held, this_night.step),
+                "published_rows": found.rows,
+            }
+            facts |= {"answer_counts": found.answer_counts, "abstained": found.abstained}
+            this_night.tables[table.uri], this_night.of_table[table.uri] = facts, more
+            kept = this_night.kept(this_night.facts, facts)
+            night.keep_night(table, this_night.facts["run_id"], kept)
+            sweep_predictions(table, lambda: wanted_now(embeddings))
         tables.append(facts)
     this_night.metrics.set(run_metrics.HELD_PARTS, 0)
     summary = {
-        **night_facts,
+        **this_night.facts,
         "tables": tables,
         "published_parts": sum(one["published_parts"] for one in tables),
         "held_parts": 0,
         "by_hand": True,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": this_night.seconds,
     }
+    for one in tables:
+        _keep(recipe, this_night, summary, one)
     return Outcome(summary)
 
 
-def _keep(recipe: NightlyRecipe, summary: Mapping[str, Any]) -> None:
-    """Beside each prediction table, before a cluster goes away."""
+def _about(recipe: NightlyRecipe, run: Run) -> dict[str, Any]:
+    """What is kept of a night so that its page can say where it came from, and how to go on."""
+    document = recipe.model_dump(mode="json")
+    return {
+        "command": run.command,
+        "began": utc(time.time()),
+        "engine_version": __version__,
+        "recipe_sha256": stable_hash(document),
+        "recipe": document,
+        "storage": document["storage"],
+        "embeddings": recipe.output.uri,
+    }
+
+
+def _keep(
+    recipe: NightlyRecipe, this_night: _Night, summary: Mapping[str, Any], facts: dict[str, Any]
+) -> None:
+    """Beside a prediction table, before a cluster goes away: its summary, and its page."""
     from engine.night import keep_night
     from engine.storage import open_store
 
-    for facts in summary["tables"]:
-        of_table = {**summary, **facts, "tables": None}
-        keep_night(open_store(facts["table"], recipe.storage), summary["run_id"], of_table)
+    table, kept = open_store(facts["table"], recipe.storage), this_night.kept(summary, facts)
+    keep_night(table, summary["run_id"], kept)
+    facts["page"] = _write_page(table, kept)
+
+
+def _write_page(table: Store, kept: Mapping[str, Any]) -> str | None:
+    """The page for people, where it lies; None, and a warning: the night is as good without it."""
+    from engine.night_report import write_page
+
+    try:
+        uri = f"{table.uri}/{write_page(table, kept)}"
+    except Exception as error:  # noqa: BLE001 (whatever is wrong with a page, the night has ended as it has)
+        said = error.thing if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        say(f"the night has no page in {table.uri}: {said}", logging.WARNING)
+        return None
+    say(f"page of the night: {uri}")
+    return uri
+
+
+def _keep_failed(recipe: NightlyRecipe, this_night: _Night, error: BaseException) -> None:
+    """What is known of a night that failed or was interrupted, beside tables that are there already."""
+    from engine.night import held_store
+    from engine.storage import open_store
+    from engine.tables import part_names
+
+    if exit_code_of(error) == EXIT_BAD_RECIPE:  # nothing was begun
+        return
+    this_night.about["error"] = error_facts(error)
+    for wanted in recipe.bundles:
+        try:
+            table = open_store(wanted.output.uri, recipe.storage)
+            if next(iter(table.names()), None) is None:
+                continue
+            facts = {"table": table.uri, "held_parts": sum(1 for _ in part_names(held_store(table)))}
+            facts |= this_night.tables.get(table.uri, {})
+            _keep(recipe, this_night, this_night.facts, facts)
+        except StorageError as other:
+            say(f"what is known of the night is not kept: {other.thing}", logging.WARNING)
 
 
 def plan(

@@ -48,11 +48,13 @@ class Run:
         run_id: the name that it goes by.
         metrics: where it counts what it does.
         ends: what is left open until its very end; None: nothing is.
+        command: that runs the verb on the same recipe once more, without its options; None: not started by one.
     """
 
     run_id: str
     metrics: RunMetrics
     ends: ExitStack | None = None
+    command: str | None = None
 
     @staticmethod
     def new(verb: str) -> Run:

@@ -58,8 +58,19 @@ class Job(Protocol):
         """The recipe's, None where it leaves that to the environment."""
 
 
-def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[str, Any]) -> Outcome:
-    """Run a job; what it raises is raised, after it has been counted and kept."""
+def run_watched(
+    verb: str,
+    job: Job,
+    recipe: Any,
+    run_id: str,
+    options: Mapping[str, Any],
+    command: str | None = None,
+) -> Outcome:
+    """Run a job; what it raises is raised, after it has been counted and kept.
+
+    Args:
+        command: as of `Run`.
+    """
     ended_after_s = _ended_after_s()
     stores, metrics, began = job.stores(recipe), RunMetrics(verb), time.time()
     metrics.set(run_metrics.IN_PROGRESS, 1)
@@ -70,7 +81,7 @@ def run_watched(verb: str, job: Job, recipe: Any, run_id: str, options: Mapping[
     outcome: Outcome | None = None
     ended: BaseException | None = None
     with ExitStack() as ends:
-        run = Run(run_id, metrics, ends)
+        run = Run(run_id, metrics, ends, command)
         try:
             outcome = job.run(recipe, as_run=run, **options)
             ended = outcome.verdict
@@ -148,24 +159,27 @@ def exit_code_of(ended: BaseException | None) -> int:
     return ended.exit_code if isinstance(ended, EngineError) else EXIT_FAILED
 
 
+def error_facts(ended: BaseException) -> dict[str, Any]:
+    """What is kept of an error: its kind, and its parts."""
+    error: dict[str, Any] = {"thing": "interrupted" if isinstance(ended, KeyboardInterrupt) else str(ended)}
+    if isinstance(ended, EngineError):
+        error = {name: getattr(ended, name) for name in ("thing", "found", "wanted", "way_out")}
+    return {"kind": type(ended).__name__, **error}
+
+
 def _record(
     verb: str, run_id: str, began: float, ended: BaseException | None, outcome: Outcome | None
 ) -> dict[str, Any]:
     """What is kept of the run: its end for whoever was not there, and the summary that it came to."""
-    error: dict[str, Any] | None = None
-    if isinstance(ended, EngineError):
-        error = {name: getattr(ended, name) for name in ("thing", "found", "wanted", "way_out")}
-    elif ended is not None:
-        error = {"thing": "interrupted" if isinstance(ended, KeyboardInterrupt) else str(ended)}
     return {
         "verb": verb,
         "run_id": run_id,
         "engine_version": __version__,
-        "began": _utc(began),
-        "ended": _utc(time.time()),
+        "began": utc(began),
+        "ended": utc(time.time()),
         "exit_code": exit_code_of(ended),
         "outcome": OUTCOMES[exit_code_of(ended)],
-        "error": None if ended is None else {"kind": type(ended).__name__, **(error or {})},
+        "error": None if ended is None else error_facts(ended),
         "summary": None if outcome is None else outcome.summary,
     }
 
@@ -184,5 +198,6 @@ def _keep(stores: Sequence[Store], record: dict[str, Any]) -> None:
             say(f"the run's record is not kept at {store.uri}: {error.thing}", logging.WARNING)
 
 
-def _utc(moment: float) -> str:
+def utc(moment: float) -> str:
+    """Seconds since 1970 as a record spells them."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")

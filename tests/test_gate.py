@@ -27,6 +27,7 @@ from engine.gate import (
     Population,
     Rule,
     Verdict,
+    drift,
     index_by_chance,
     judge,
     population_stability_index,
@@ -81,6 +82,22 @@ def test_a_usual_night_passes_by_seven_rules() -> None:
     assert verdict.in_words().startswith(
         "the night may be published\n  holds       row_accounting: 2,000 rows"
     )
+
+
+def test_two_nights_drift_apart_by_their_cosines_and_chance_is_said_beside_it() -> None:
+    same = drift([10] * 100, [20] * 100)
+    assert same is not None and same.psi == pytest.approx(0, abs=1e-5)
+    assert same.by_chance == pytest.approx(
+        27.9 * (1 / 1000 + 1 / 2000), rel=0.01
+    )  # 10 groups: 9 degrees of freedom
+    shifted = drift([10] * 100, [40] * 50 + [0] * 50)
+    # Five groups with 400 of 2,000 rows where 100 of 1,000 were, and five with none.
+    halves = [(400.5 / 2005, 100.5 / 1005), (0.5 / 2005, 100.5 / 1005)]
+    by_hand = sum(5 * (now - then) * math.log(now / then) for now, then in halves)
+    assert shifted is not None and shifted.psi == pytest.approx(by_hand)
+    assert drift([0] * 100, [20] * 100) is drift([10] * 100, [0] * 100) is None
+    with pytest.raises(ValueError, match="zip"):
+        drift([10] * 100, [20] * 99)
 
 
 def test_the_index_is_that_of_the_formula_with_half_a_row_in_each_group() -> None:

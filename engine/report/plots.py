@@ -211,6 +211,32 @@ def draw_reliability(bins: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure, "reliability", "Confidence and accuracy", words)
 
 
+def draw_cosines(edges: Sequence[float], below: Mapping[str, Sequence[float]]) -> str:
+    """Of each set of rows the share below a cosine, over the cosine.
+
+    Args:
+        edges: (E) cosines, ascending.
+        below: the name of a set, one of ours -> (E) shares; the first is what the others are held against.
+    """
+    looks = ((INK, ":"), (SECOND, "--"), (FIRST, "-"))
+    with _figure(260) as figure:
+        axes = figure.subplots()
+        drawn = [looks[0], *looks[3 - len(below) + 1 :]]  # tonight's is always the last
+        for number, ((name, shares), (colour, dashes)) in enumerate(zip(below.items(), drawn, strict=True)):
+            (line,) = axes.plot(
+                edges, [100 * share for share in shares], label=name, color=colour, linestyle=dashes
+            )
+            line.set_gid(f"set-{number}")
+        axes.set_ylim(-2, 104)
+        axes.set_xlabel("cosine to the nearest class")
+        axes.set_ylabel("rows below it, %")
+        axes.legend(**{**ABOVE, "ncols": 2})
+        middle = min(range(len(edges)), key=lambda place: abs(next(iter(below.values()))[place] - 0.5))
+        shares_there = ", ".join(f"{name} {100 * shares[middle]:.1f} %" for name, shares in below.items())
+        words = f"Below a cosine of {edges[middle]:.3f} lie: {shares_there}. The table below has more."
+        return _svg(figure, "cosines", "Nearness to what the bundle was fitted on", words)
+
+
 @contextmanager
 def _figure(height_px: int) -> Iterator[Figure]:
     """A figure in our settings, whatever those of the user are."""

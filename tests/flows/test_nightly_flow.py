@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -27,6 +28,7 @@ from jobs.nightly import LEASE_NAME
 from jobs.outcome import Run
 from tests.commands import Ended, Engine
 from tests.flows.archives import shard_bytes, write_recipe
+from tests.report.pages import Element, read_page
 from tests.shards.archives import member, tar_bytes
 
 ROWS = 96  # of each shard: two parts
@@ -87,6 +89,20 @@ def table_of(folder: Path, name: str = "labels") -> pa.Table:
     return found.sort_by([("shard", "ascending"), ("index", "ascending")])
 
 
+def page_of(folder: Path, run_id: str) -> Element:
+    """The night's page, which is the index, too, while it is the last one."""
+    nights = folder / "labels" / "nights"
+    page = (nights / f"{run_id}.html").read_text(encoding="utf-8")
+    assert (nights / "index.html").read_text(encoding="utf-8") == page
+    return read_page(page)
+
+
+def told_of(page: Element) -> tuple[str, list[str]]:
+    """The verdict, and the commands to go on with."""
+    verdict = next(page.by_id("verdict").all("h2")).text
+    return verdict, [one.text for one in page.by_id("next").all("code")]
+
+
 def published_files(folder: Path) -> dict[str, int]:
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
@@ -108,6 +124,12 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
         json.loads((tmp_path / "labels" / "nights" / f"{told['run_id']}.json").read_text())["published_rows"]
         == 3 * ROWS
     )
+    page = page_of(tmp_path, told["run_id"])
+    assert told["tables"][0]["page"] == f"{tmp_path}/labels/nights/{told['run_id']}.html"
+    assert told_of(page) == ("Published", [f"engine inspect {tmp_path}/labels"])
+    assert f"readers have its {3 * ROWS} rows in 6 parts" in page.by_id("verdict").text
+    assert page.by_id("cosines").rows() and "published last" not in page.by_id("cosines").text
+    assert {row[0] for row in page.by_id("label-mix").rows()} == {"china", "flower"}
     files = published_files(tmp_path)
     assert len(files) == 2 * 6
     assert night().summary["published_parts"] == 0
@@ -126,6 +148,13 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
     assert (extracted["shards_replaced"], extracted["shards_removed"]) == (1, 1)
     rules = {rule["name"]: rule for rule in told["tables"][0]["gate"]["rules"]}
     assert rules["min_agreement"]["value"] == 1.0, "of unchanged keys each keeps its label"
+    page = page_of(tmp_path, told["run_id"])
+    assert told_of(page)[0] == "Published"
+    assert "1 shards could not be read to their end" in page.by_id("verdict").text
+    assert [row[0] for row in page.by_id("failed-shards").rows()] == ["4.tar"]
+    assert "Published last" in page.by_id("cosines").text, "drawn beside the night before"
+    assert "keep their label" in page.by_id("agreement").text
+    assert [row[1] for row in page.by_id("nights").rows()] == ["Nothing new", "Published"]
     found = table_of(tmp_path)
     places = set(zip(found["shard"].to_pylist(), found["index"].to_pylist(), strict=True))
     assert len(places) == found.num_rows == 4 * ROWS + 64  # of the one that is cut off its first part
@@ -138,14 +167,22 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
     # The third: what comes looks like nothing that the bundle was fitted on.
     (tmp_path / "archive" / "4.tar").unlink()
     put(tmp_path, "5.tar", noise_shard())
-    for _ in range(2):
+    for verdict in ("Held back", "Nothing new, earlier nights are held back"):
         third = night()
         assert third.code == 3, third.stderr
+        found, commands = told_of(page_of(tmp_path, third.summary["run_id"]))
+        review = f"engine review {tmp_path}/labels --held"
+        assert (found, commands) == (verdict, [review, f"engine nightly {tmp_path}/nightly.yaml --publish"])
         assert (third.summary["published_parts"], third.summary["held_parts"]) == (0, 2)
         assert "--publish" in third.stderr
         assert published_files(tmp_path) == files
     assert third.summary["tables"][0]["gate"] is None, "nothing new: it was judged the first time"
     assert third.summary["tables"][0]["refused_parts"] == 2
+
+    reviewed = engine(*review.split()[1:], "--near-duplicate", "1", "--json")
+    assert reviewed.code == 0, reviewed.stderr
+    assert (reviewed.summary["rows_read"], reviewed.summary["rows"]) == (ROWS, ROWS)
+    assert set(pq.read_table(reviewed.summary["out"])["shard"].to_pylist()) == {"5.tar"}
 
     # A good night after a bad one is published; the bad one waits for a person.
     put(tmp_path, "6.tar", shard_bytes(12 * ROWS, ROWS))
@@ -160,6 +197,9 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
     assert engine("score", scored).code == 3, "scoring would show it"
     approved = night("--publish")
     assert (approved.code, approved.summary["published_parts"]) == (0, 2), approved.stderr
+    assert told_of(page_of(tmp_path, approved.summary["run_id"]))[0] == "Published by hand"
+    nothing_held = engine(*review.split()[1:])
+    assert nothing_held.code == 1 and "nothing is held back here" in nothing_held.stderr
     assert night().code == 0
 
     # And all of it is what one run would have made.
@@ -264,6 +304,36 @@ def test_a_night_whose_time_is_up_stops_and_the_next_goes_on(night: Any, tmp_pat
     assert short.code == 0, short.stderr
     assert not short.summary["is_finished"]
     assert "left for the next night" in short.stderr
+    assert "Its time was up" in page_of(tmp_path, short.summary["run_id"]).by_id("verdict").text
     whole = night()
     assert (whole.code, whole.summary["is_finished"]) == (0, True), whole.stderr
     assert table_of(tmp_path).num_rows == 9 * ROWS
+
+
+def test_a_night_that_fails_has_a_page_and_one_whose_page_cannot_be_written_does_not_fail(
+    engine: Engine, night: Any, tmp_path: Path
+) -> None:
+    assert night().code == 0
+    put(tmp_path, "3.tar", shard_bytes(3 * ROWS, ROWS))
+    (reference,) = (tmp_path / "bundle").rglob("reference*.npz")
+    content = reference.read_bytes()
+    reference.unlink()
+    failed = night()
+    assert failed.code == 1
+    inspected = json.loads(engine("inspect", tmp_path / "labels", "--json").stdout)["last_night"]
+    assert reference.name in inspected["error"] and inspected["held_parts"] == 0
+    nights = sorted((tmp_path / "labels" / "nights").glob("nightly*.html"))
+    page = page_of(tmp_path, nights[-1].stem)
+    assert len(nights) == 2
+    assert told_of(page) == ("Failed", [f"engine nightly {tmp_path}/nightly.yaml"])
+    assert "It ended during score: " in page.by_id("verdict").text and reference.name in page.text
+    assert page.by_id("shards").rows()[2] == ["Done tonight", "1"]
+
+    reference.write_bytes(content)
+    index = tmp_path / "labels" / "nights" / "index.html"
+    index.unlink()
+    (index / "in the way").mkdir(parents=True)
+    done = night()
+    assert (done.code, done.summary["published_parts"]) == (0, 2), done.stderr
+    assert done.summary["tables"][0]["page"] is None
+    assert "warning: the night has no page in" in done.stderr
