@@ -1,7 +1,7 @@
 # Everything a clone needs: `make demo` and `make test` set up .venv by themselves, from the pinned requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format hooks lock docs manifests clean
+.PHONY: help demo test browser chaos bench bench-decoding bench-heads bench-finetuning bench-scoring bench-similar bench-growth bench-planning lint format hooks lock docs manifests clean
 
 # `make test PYTHON=/path/to/python3.12` decides; otherwise the first of these that is fit.
 PYTHONS = $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -16,6 +16,11 @@ demo: .venv/.installed  ## the whole cycle on bundled real images
 # Two processes; a file stays in one of them, with its Ray.
 test: .venv/.installed  ## the test suite; `make test PYTEST="-n 0 -k storage"` passes options on
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+browser: .venv/.installed  ## open the report in a real Chromium; its pictures are then in build/browser
+	@.venv/bin/python -c "import axe_playwright_python, playwright" 2>/dev/null \
+	  || .venv/bin/uv pip install --quiet --python .venv/bin/python -r pyproject.toml --extra browser
+	ENGINE_BROWSER_NEEDED=1 .venv/bin/python -m pytest -n 0 tests/browser $(PYTEST)
 
 chaos: .venv/.installed  ## break things on purpose, for an hour (tests/faults/README.md); `make chaos ROUNDS=5` for less
 	ENGINE_CHAOS_ROUNDS=$(or $(ROUNDS),20) .venv/bin/python -m pytest -rPs -v tests/faults tests/flows/test_interrupted_run.py \

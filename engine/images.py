@@ -237,6 +237,13 @@ def decode_image(encoded: bytes, side_px: int, resize: Resize, max_pixels: int) 
     raise ImageRejected(reason, words)
 
 
+def fitted_size(width_px: int, height_px: int, side_px: int) -> tuple[int, int]:
+    """Width and height of an image that was fitted whole into a square, as `letterbox` does; rounded, half up."""
+    longer = max(width_px, height_px)
+    width, height = (max(1, (2 * edge * side_px + longer) // (2 * longer)) for edge in (width_px, height_px))
+    return width, height
+
+
 class _Stored(NamedTuple):
     """All that comes from the bytes; what is done with it afterwards cannot fail on them."""
 
@@ -491,9 +498,7 @@ def _placement(size: _Size, side_px: int, resize: Resize) -> tuple[_Size, _Box]:
         left, upper = (width - side) // 2, (height - side) // 2
         return (side_px, side_px), (left, upper, left + side, upper + side)
     if resize == "letterbox":
-        longer = max(size)
-        fitted = [max(1, (2 * edge * side_px + longer) // (2 * longer)) for edge in size]  # rounded, half up
-        return (fitted[0], fitted[1]), (0, 0, width, height)
+        return fitted_size(width, height, side_px), (0, 0, width, height)
     return (side_px, side_px), (0, 0, width, height)
 
 

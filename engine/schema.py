@@ -15,6 +15,8 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 
 EmbeddingDtype = Literal["float32", "float16"]
+SampleId = tuple[str, int]
+"""Shard (path relative to its source) and index: which sample of a table, and no other."""
 
 
 class RejectReason(StrEnum):

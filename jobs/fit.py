@@ -128,6 +128,7 @@ def fit_on_worker(
 
     None: another worker has it.
     """
+    from engine.pictures import documents_of_samples
     from engine.storage import open_store
     from engine.tables import open_table
     from engine.training.fit import fit_head
@@ -135,7 +136,7 @@ def fit_on_worker(
 
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle_store = open_store(recipe.output.uri, recipe.storage)
-    with warnings_of("engine.training") as notes:
+    with warnings_of("engine.training", "engine.pictures") as notes:
         summary = fit_head(
             table.read(columns),
             table.record,
@@ -148,6 +149,7 @@ def fit_on_worker(
                 functools.partial(_wants_disk, recipe.training.rows, recipe.strategy.workers),
                 Path(tempfile.gettempdir()),
             ),
+            look=lambda wanted: documents_of_samples(table, wanted, recipe.report.pictures),
         )
     return None if summary is None else {"summary": dict(summary), "notes": notes}
 

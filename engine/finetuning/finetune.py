@@ -33,6 +33,7 @@ from engine.finetuning.kinds import FinetuneSettings, require_learning_network
 from engine.finetuning.loop import STATE_VERSION, Course, Finetuning, Images, Trainee
 from engine.finetuning.publish import publish_backbone, remembered
 from engine.finetuning.refusals import require_budget, require_own_head
+from engine.finetuning.shown import shown_of_images
 from engine.finetuning.step import Classifier, compile_embed, compile_step, with_loss_scale
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
 from engine.heads.bundle import REPORT, Bundle, TrainedHead, publish_bundle
@@ -43,6 +44,7 @@ from engine.storage import StorageConfig, Store
 from engine.strategies.base import agreement, is_chief, require_same
 from engine.strategies.workers import Workers
 from engine.training.checkpoints import Checkpoints
+from engine.training.embedding_map import embedding_map
 from engine.training.judgement import JUDGED
 from engine.training.loop import Report, TrainingResult, unheard
 from engine.training.partition import Partition, partition
@@ -151,7 +153,8 @@ def finetune_backbone(
     after = {name: first.logits(judged[name]) for name in JUDGED}
     split = "test" if len(rows_of["test"]) else "validation"
     comparison = compare(split, first.before[split], after[split], targets.array[rows_of[split]])
-    verdict = targets.judge(after, rows_of, parted.names(rows.samples), settings.calibration)
+    names = parted.names(rows.samples)
+    verdict = targets.judge(after, rows_of, names, settings.calibration)
     publishes = comparison.is_better or settings.publish == "always"
     if not images.are_everywhere:  # others round otherwise, perhaps: the chief's word
         publishes = bool(workers.each(publishes)[0])
@@ -185,6 +188,13 @@ def finetune_backbone(
                 },
             },
             recipe=settings.model_dump(mode="json"),
+            shown=shown_of_images(
+                rows,
+                verdict.metrics,
+                targets.gallery(after, rows_of, names, verdict),
+                embedding_map(judged[split], np.arange(len(rows_of[split])), targets.array[rows_of[split]]),
+                settings,
+            ),
             reference=memory,
             report=render_report,
         )

@@ -26,6 +26,7 @@ from engine.training.kinds import (
     LabelsConfig,
     LbfgsConfig,
     OptimizerConfig,
+    ReportConfig,
     SplitConfig,
     Task,
     TrainingConfig,
@@ -247,6 +248,8 @@ class FinetuneSettings(Config):
     """How long and in what portions."""
     calibration: CalibrationConfig = CalibrationConfig()
     """How confidences are made honest."""
+    report: ReportConfig = ReportConfig()
+    """What the page about the bundle shows."""
     strategy: StrategyConfig = Mirrored()
     """How the work is laid on devices."""
     limits: FinetuneLimits = FinetuneLimits()

@@ -7,6 +7,10 @@
     <bundle>/recipe.<sha8>.json              the recipe of the fit
     <bundle>/feature_space.<sha8>.keras      how columns become numbers, where the head takes some
     <bundle>/suspects.<sha8>.json            labels that are probably wrong, where they were looked for
+    <bundle>/gallery.<sha8>.json             rows of the judged split for people to look at, with the answers to them
+    <bundle>/embedding_map.<sha8>.json       embeddings as points of a plane
+    <bundle>/rejects.<sha8>.json             rejects of the table by reason, with examples
+    <bundle>/pictures.<sha8>.json            small pictures of the rows that the report shows, or why there are none
     <bundle>/reference.<sha8>.npz            what later embeddings are compared with; older bundles have none
     <bundle>/bundle.json                     names all of these with their sha-256; written last
     <bundle>/report.html                     a page about it for people, made of the documents above
@@ -106,7 +110,7 @@ class Manifest(Config):
     """Of the head's tensors: shape, dtype and bytes of each, in the network's order."""
     files: dict[str, BundleFile]
     """The bundle's files by role: head or weights, metrics, embeddings_table, recipe; perhaps matrix, feature_space,
-    suspects and reference."""
+    suspects, reference, and what else the report shows."""
     versions: dict[str, str]
     """Of Python and of the packages that made the bundle."""
     created: str
@@ -280,6 +284,7 @@ def publish_bundle(  # noqa: PLR0913
     recipe: Mapping[str, Any],
     suspects: Sequence[Mapping[str, Any]] | None = None,
     reference: Reference | None = None,
+    shown: Mapping[str, Mapping[str, Any]] | None = None,
     report: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> Bundle:
     """Write a bundle, then `bundle.json`, delete the files of the bundle it replaces, and write its report.
@@ -292,6 +297,7 @@ def publish_bundle(  # noqa: PLR0913
         recipe: for recipe.json.
         suspects: for suspects.json; None: no such file.
         reference: for reference.npz, which is no part of the bundle's id; None: no such file.
+        shown: further documents for the report, by role: `gallery` for gallery.json.
         report: makes report.html of what `Bundle.documents()` will be; None: none is written.
 
     Raises:
@@ -304,6 +310,7 @@ def publish_bundle(  # noqa: PLR0913
         contents[f"{name}.json"] = _json_bytes(document)
     if suspects is not None:
         contents["suspects.json"] = _json_bytes({"suspects": list(suspects)})
+    contents |= {f"{role}.json": _json_bytes(document) for role, document in (shown or {}).items()}
     if reference is not None:
         contents["reference.npz"] = reference.to_bytes()
     files = {name.partition(".")[0]: _described(name, content) for name, content in contents.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,27 @@ CLASS_TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixCell:
+    """Rows of one class that were given one answer.
+
+    Attributes:
+        share: of the class's rows, from 0 to 1; empty: none.
+        opens, words: as of a table's cell.
+    """
+
+    text: str
+    share: str
+    is_right: bool
+    opens: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class MatrixRow:
-    """Answers to the rows of one class: (text, share of the class's rows, whether the answer is right) of each."""
+    """Answers to the rows of one class."""
 
     label: str
-    cells: Sequence[tuple[str, str, bool]]
+    cells: Sequence[MatrixCell]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +70,14 @@ def classes_table(judged: Mapping[str, Any]) -> Table | None:
     return Table("classes", "Figures of each class", [CLASS_TITLES[name] for name in names], rows, note)
 
 
-def confusion_matrix(judged: Mapping[str, Any], classes: Sequence[str]) -> Matrix | None:
-    """The whole matrix, where it can be looked at."""
+def confusion_matrix(
+    judged: Mapping[str, Any], classes: Sequence[str], pictured: Container[str] = ()
+) -> Matrix | None:
+    """The whole matrix, where it can be looked at.
+
+    Args:
+        pictured: cells of which there are rows to show, as `<class>-<answer>`.
+    """
     matrix = judged.get("confusion_matrix")
     if not matrix or len(matrix) > MATRIX_CLASSES:
         return None
@@ -63,7 +85,12 @@ def confusion_matrix(judged: Mapping[str, Any], classes: Sequence[str]) -> Matri
         MatrixRow(
             shortened(classes[true], 40),
             [
-                (f"{count:,}", f"{count / max(1, sum(counts)):.3f}" if count else "", answer == true)
+                MatrixCell(
+                    f"{count:,}",
+                    f"{count / max(1, sum(counts)):.3f}" if count else "",
+                    answer == true,
+                    *_opening(true, answer, count, classes, pictured),
+                )
                 for answer, count in enumerate(counts)
             ],
         )
@@ -72,8 +99,10 @@ def confusion_matrix(judged: Mapping[str, Any], classes: Sequence[str]) -> Matri
     return Matrix([shortened(name, 24) for name in classes], rows)
 
 
-def confusions_table(judged: Mapping[str, Any], classes: Sequence[str]) -> Table | None:
-    """The wrong answers that were given most often."""
+def confusions_table(
+    judged: Mapping[str, Any], classes: Sequence[str], pictured: Container[str] = ()
+) -> Table | None:
+    """The wrong answers that were given most often; `pictured` as of `confusion_matrix`."""
     matrix = judged.get("confusion_matrix")
     if not matrix:
         return None
@@ -81,7 +110,7 @@ def confusions_table(judged: Mapping[str, Any], classes: Sequence[str]) -> Table
         [
             Cell(shortened(classes[true])),
             Cell(shortened(classes[answer])),
-            count_cell(count),
+            Cell(f"{count:,}", float(count), None, *_opening(true, answer, count, classes, pictured)),
             number_cell(percent(count / sum(matrix[true])), count / sum(matrix[true])),
         ]
         for count, true, answer in heapq.nsmallest(
@@ -90,6 +119,19 @@ def confusions_table(judged: Mapping[str, Any], classes: Sequence[str]) -> Table
     ]
     columns = ("Labelled", "Answered", "Rows", "Share of the class")
     return Table("confusions", "Most frequent confusions", columns, rows)
+
+
+def _opening(
+    true: int, answer: int, count: int, classes: Sequence[str], pictured: Container[str]
+) -> tuple[str, str]:
+    """Which cell it is, and what opening it is called; empty where there is nothing to show."""
+    cell = f"{true}-{answer}"
+    if cell not in pictured:
+        return "", ""
+    rows, label = "row" if count == 1 else "rows", shortened(classes[true], 40)
+    if true == answer:
+        return cell, f"{count:,} {rows} of {label}, answered so"
+    return cell, f"{count:,} {rows} of {label}, answered {shortened(classes[answer], 40)}"
 
 
 def _confusions(matrix: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:

@@ -1,5 +1,6 @@
 "use strict";
-// Without this the page says the same: the slider's figures are also in a table, and tables come in their own order.
+// Without this the page says the same: the slider's figures are also in a table, tables come in their own order, and the
+// rows of a cell are in the gallery.
 
 function followSlider() {
   const slider = document.getElementById("slider");
@@ -7,9 +8,11 @@ function followSlider() {
   const steps = JSON.parse(document.getElementById("steps").textContent);
   const input = document.getElementById("min-confidence");
   const parts = slider.querySelectorAll("[data-part]");
+  const gauges = slider.querySelectorAll("[data-gauge]");
   const show = () => {
     const step = steps[Number(input.value)];
     parts.forEach((part) => { part.textContent = step[Number(part.dataset.part)]; });
+    gauges.forEach((gauge) => { gauge.style.setProperty("--share", (parseFloat(step[Number(gauge.dataset.gauge)]) || 0) / 100); });
     input.setAttribute("aria-valuetext", step[0]);
   };
   input.addEventListener("input", show);
@@ -43,6 +46,64 @@ function makeSortable(table) {
   });
 }
 
+function openRows(cell) {
+  const dialog = document.getElementById("opened");
+  const cards = [...document.querySelectorAll(`#gallery [data-cell="${cell.dataset.opens}"]`)];
+  const heading = document.getElementById("opened-heading");
+  heading.textContent = `${cell.dataset.words}: ${cards.length} shown`;
+  dialog.querySelector(".cards").replaceChildren(...cards.map((card) => card.cloneNode(true)));
+  dialog.showModal();
+  heading.focus();
+}
+
+function makeOpenable(cell) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = cell.textContent;
+  button.setAttribute("aria-label", cell.dataset.words);
+  button.addEventListener("click", () => openRows(cell));
+  cell.replaceChildren(button);
+}
+
+// Rows and columns of the matrix move together.
+function orderMatrix() {
+  const matrix = document.getElementById("matrix");
+  const select = document.getElementById("matrix-order");
+  if (!matrix || !select) return;
+  const head = matrix.tHead.rows[0];
+  const named = [...matrix.tBodies[0].rows].map((row, place) => {
+    const counts = [...row.cells].slice(1).map((cell) => Number(cell.textContent.replaceAll(",", "")));
+    const rows = counts.reduce((sum, count) => sum + count, 0);
+    return { row, rows, recall: rows ? counts[place] / rows : 2, cells: [...row.cells], title: head.cells[place + 1] };
+  });
+  select.addEventListener("change", () => {
+    const order = named.map((_, place) => place);
+    if (select.value === "recall") order.sort((one, other) => named[one].recall - named[other].recall);
+    if (select.value === "rows") order.sort((one, other) => named[other].rows - named[one].rows);
+    head.append(...order.map((place) => named[place].title));
+    order.forEach((place) => {
+      const { row, cells } = named[place];
+      row.append(...order.map((column) => cells[column + 1]));
+      matrix.tBodies[0].append(row);
+    });
+  });
+}
+
+function showOneClass() {
+  const select = document.getElementById("map-class");
+  if (!select) return;
+  select.addEventListener("change", () => {
+    document.querySelectorAll("#map [data-class]").forEach((part) => {
+      part.classList.toggle("dim", select.value !== "" && part.dataset.class !== select.value);
+    });
+  });
+}
+
 followSlider();
 document.querySelectorAll("table[data-sortable]").forEach(makeSortable);
+document.querySelectorAll("[data-opens]").forEach(makeOpenable);
+orderMatrix();
+showOneClass();
+document.querySelectorAll(".scripted").forEach((one) => { one.hidden = false; });
+document.getElementById("close")?.addEventListener("click", () => document.getElementById("opened").close());
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));

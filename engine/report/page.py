@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.report import classes, confidence, figures, plots, rows, training
+from engine.report import classes, confidence, embedding_map, figures, pictures, plots, rows, training
 
 FOLDER = Path(__file__).parent
 DOCUMENT_SHOWN = 50_000  # characters of a recipe or record; they are in the bundle as a whole
@@ -27,7 +27,8 @@ def render_report(documents: Mapping[str, Any]) -> str:
 
     Args:
         documents: as `Bundle.documents()` gives them: id, uri, manifest, metrics, embeddings_table, recipe, and
-            suspects where there are any. Of metrics every part may be missing: then it is not shown.
+            suspects, gallery, embedding_map, rejects and pictures where there are any. Of metrics every part may be
+            missing: then it is not shown.
     """
     manifest, metrics = documents["manifest"], documents["metrics"]
     split = figures.judged_split(metrics)
@@ -35,6 +36,8 @@ def render_report(documents: Mapping[str, Any]) -> str:
     style, script = _text("page.css"), _text("page.js")
     phases = training.training_phases(metrics.get("training") or {})
     comparison = metrics.get("comparison")
+    gallery, shown = documents.get("gallery"), pictures.pictures_of(documents.get("pictures"))
+    pictured = pictures.shown_cells(gallery, manifest["classes"])
     template = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -66,13 +69,17 @@ def render_report(documents: Mapping[str, Any]) -> str:
         reliability=confidence.reliability_table(judged.get("reliability") or []),
         calibration_error=confidence.calibration_words(judged, metrics.get("calibration") or {}, split),
         classes=classes.classes_table(judged),
-        confusion=classes.confusion_matrix(judged, manifest["classes"]),
-        confusions=classes.confusions_table(judged, manifest["classes"]),
+        confusion=classes.confusion_matrix(judged, manifest["classes"], pictured),
+        confusions=classes.confusions_table(judged, manifest["classes"], pictured),
         grid=training.grid_table(metrics.get("grid") or []),
-        mistakes=rows.mistakes_table(metrics.get("most_confident_mistakes") or []),
-        suspects=rows.suspects_table(documents.get("suspects")),
+        gallery=pictures.gallery_groups(gallery, shown, manifest["classes"]),
+        missing_pictures=pictures.missing_words(documents.get("pictures")),
+        map=embedding_map.embedding_map(documents.get("embedding_map"), manifest["classes"]),
+        mistakes=rows.mistakes_table(metrics.get("most_confident_mistakes") or [], shown),
+        suspects=rows.suspects_table(documents.get("suspects"), shown),
         left_out=rows.left_out_table(metrics.get("labels") or {}),
-        rejects=rows.rejects_table(metrics.get("rejects")),
+        rejects=rows.rejects_table(metrics, documents.get("rejects")),
+        reject_cards=pictures.reject_cards(documents.get("rejects"), shown),
         lineage=[
             (title, _document_text(documents[role]))
             for title, role in (("Recipe", "recipe"), ("Record of the embeddings", "embeddings_table"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from engine.report.pictures import Pictures
 from engine.report.tables import Cell, Table, count_cell, ratio_cell, shortened
 
 SUSPECTS_SHOWN = 50
@@ -15,8 +17,8 @@ LEFT_OUT = {
 }
 
 
-def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> Table:
-    """Wrong answers that were given with most confidence."""
+def mistakes_table(mistakes: Sequence[Mapping[str, Any]], pictures: Pictures) -> Table:
+    """Wrong answers that were given with most confidence, with the pictures that there are."""
     titles = {
         "key": "Key",
         "shard": "Shard",
@@ -26,10 +28,10 @@ def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> Table:
         "given": "Row has it",
         "confidence": "Confidence",
     }
-    return _records("mistakes", "Most confident mistakes", titles, mistakes, len(mistakes))
+    return _records("mistakes", "Most confident mistakes", titles, mistakes, len(mistakes), pictures)
 
 
-def suspects_table(document: Mapping[str, Any] | None) -> Table | None:
+def suspects_table(document: Mapping[str, Any] | None, pictures: Pictures) -> Table | None:
     """Labels that are probably wrong, the most doubtful first; None where they were not looked for."""
     if document is None:
         return None
@@ -42,9 +44,8 @@ def suspects_table(document: Mapping[str, Any] | None) -> Table | None:
         "margin": "Margin",
     }
     suspects = document["suspects"]
-    return _records(
-        "suspects", "Labels that are probably wrong", titles, suspects[:SUSPECTS_SHOWN], len(suspects)
-    )
+    caption = "Labels that are probably wrong"
+    return _records("suspects", caption, titles, suspects[:SUSPECTS_SHOWN], len(suspects), pictures)
 
 
 def left_out_table(labels: Mapping[str, Any]) -> Table | None:
@@ -57,21 +58,41 @@ def left_out_table(labels: Mapping[str, Any]) -> Table | None:
     return Table("left-out", "Left out", ("What", "How many"), rows) if rows else None
 
 
-def rejects_table(rejects: Mapping[str, int] | None) -> Table | None:
-    """Samples without an image that can be used, by reason; None where that is not known or there are none."""
+def rejects_table(metrics: Mapping[str, Any], document: Mapping[str, Any] | None) -> Table | None:
+    """Samples without an image that can be used, by reason; None where that is not known or there are none.
+
+    Args:
+        metrics: has the rejects of a fine-tuning.
+        document: rejects.json, of the table that a head was fitted on.
+    """
+    rejects = metrics.get("rejects") or (document or {}).get("reasons")
     if not rejects:
         return None
+    note = ""
+    if document and document["has_more"]:
+        note = f"Of {document['files_read']:,} files of rejects; there are more."
     ordered = sorted(rejects.items(), key=lambda one: (-one[1], one[0]))
     rows = [[Cell(reason), count_cell(count)] for reason, count in ordered]
-    return Table("rejects", "Rejects by reason", ("Reason", "Samples"), rows)
+    return Table("rejects", "Rejects by reason", ("Reason", "Samples"), rows, note)
 
 
 def _records(
-    id_: str, caption: str, titles: Mapping[str, str], records: Sequence[Mapping[str, Any]], total: int
+    id_: str,
+    caption: str,
+    titles: Mapping[str, str],
+    records: Sequence[Mapping[str, Any]],
+    total: int,
+    pictures: Pictures,
 ) -> Table:
-    """Records of known fields, as they come."""
+    """Records of known fields, as they come; the first is the key, with the picture."""
     names = [name for name in titles if records and name in records[0]]
-    rows = [[_record_cell(one[name]) for name in names] for one in records]
+    rows = [
+        [
+            replace(_record_cell(one["key"]), picture=pictures.get((one["shard"], one.get("index", -1)))),
+            *(_record_cell(one[name]) for name in names[1:]),
+        ]
+        for one in records
+    ]
     note = f"The first {len(records):,} of {total:,}." if total > len(records) else ""
     return Table(id_, caption, [titles[name] for name in names], rows, note)
 

@@ -12,11 +12,29 @@ LABEL_SHOWN = 80  # characters of a label, key or path
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """A small picture: WebP in base64, and its size."""
+
+    webp: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
-    """Text as it is shown, and what it is sorted by: a number, else the text."""
+    """Text as it is shown, and what it is sorted by: a number, else the text.
+
+    Attributes:
+        picture: beside the text.
+        opens: the cell of the confusion matrix whose rows it shows when it is chosen; empty: it cannot be.
+        words: what it then says of itself.
+    """
 
     text: str
     number: float | None = None
+    picture: Picture | None = None
+    opens: str = ""
+    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)

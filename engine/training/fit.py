@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -27,10 +27,13 @@ from engine.heads.network import Logits, compile_logits
 from engine.heads.reference import Reference, given_classes
 from engine.heads.side_features import SideEncoder
 from engine.report.page import render_report
+from engine.schema import SampleId
 from engine.storage import StorageConfig, Store
 from engine.strategies.base import agreement, is_chief, require_same
 from engine.strategies.kinds import open_strategy
 from engine.training.checkpoints import Checkpoints
+from engine.training.embedding_map import embedding_map
+from engine.training.gallery import wanted_pictures
 from engine.training.grid import Candidate, best_of, candidates, grid_report
 from engine.training.judgement import JUDGED
 from engine.training.kinds import FitSettings
@@ -44,6 +47,7 @@ from engine.training.suspects import assign_folds
 from engine.training.tasks import Targets, Verdict
 
 log = logging.getLogger(__name__)
+Look = Callable[[Sequence[SampleId]], Mapping[str, Mapping[str, Any]]]
 DIGESTED_ROWS = 1 << 20  # of a digest at most: on a disk a row's first numbers cost as much as all of them
 
 
@@ -64,7 +68,7 @@ class FitSummary(TypedDict):
     seconds: float  # wall time
 
 
-def fit_head(
+def fit_head(  # noqa: PLR0913
     table: pa.Table,
     record: Mapping[str, Any],
     settings: FitSettings,
@@ -72,6 +76,8 @@ def fit_head(
     bundle_store: Store,
     report: Report,
     source: RowSource | None = None,
+    *,
+    look: Look | None = None,
 ) -> FitSummary | None:
     """Fit a head on labelled embeddings and publish it.
 
@@ -86,6 +92,8 @@ def fit_head(
         bundle_store: where the bundle goes.
         report: called once per epoch with epoch, epochs, train_loss, validation_loss, validation_accuracy.
         source: has the table's embeddings; None: the table has them itself.
+        look: answers with further documents for the report, by role, given the samples that it shows, the most wanted
+            first; None: there are none.
 
     Raises:
         LabelError: labels or splits that cannot be used without guessing.
@@ -162,6 +170,9 @@ def fit_head(
     logits = compile_logits(network)
     judged = {name: logits(embeddings_ND, rows_of[name]) for name in JUDGED}
     verdict = targets.judge(judged, rows_of, names, settings.calibration)
+    gallery = targets.gallery(judged, rows_of, names, verdict)
+    usable = np.sort(np.concatenate(list(rows_of.values())))
+    plane = embedding_map(embeddings_ND[:, :width], usable, targets.array)
     bundle = publish_bundle(
         bundle_store,
         TrainedHead(
@@ -183,6 +194,11 @@ def fit_head(
         },
         recipe=settings.model_dump(mode="json"),
         suspects=suspects,
+        shown={
+            "gallery": gallery,
+            **({"embedding_map": plane} if plane else {}),
+            **(look(wanted_pictures(verdict.metrics, suspects, gallery)) if look else {}),
+        },
         reference=_reference(embeddings_ND, width, targets, rows_of, logits, judged, verdict),
         report=render_report,
     )

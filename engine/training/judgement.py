@@ -28,13 +28,14 @@ class JudgedRows:
     Attributes:
         logits_NK: as the head gives them.
         targets_N: their classes; where a row may have several, (N, K) with 1 where it has the class.
-        keys, shards: which rows they are.
+        keys, shards, indexes: which rows they are.
     """
 
     logits_NK: NDArray[np.float32]
     targets_N: NDArray[np.integer[Any]]
     keys: Sequence[str]
     shards: Sequence[str]
+    indexes: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ def _mistakes(
                 {
                     "key": split.keys[row],
                     "shard": split.shards[row],
+                    "index": split.indexes[row],
                     "split": name,
                     "label": class_names[split.targets_N[row]],
                     "answer": class_names[answers_N[row]],

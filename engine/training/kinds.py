@@ -284,6 +284,15 @@ class SuspectsConfig(Config):
         return value
 
 
+class ReportConfig(Config):
+    """What the page about a bundle shows."""
+
+    pictures: bool = True
+    """Whether small pictures (96 px, 120 at most) of mistakes, doubted labels and some other rows become part of the
+    bundle, where everybody who may read it sees them. They are read from the archive for at most 30 seconds; where that
+    fails the report says why. false: for archives whose images must not be copied."""
+
+
 class FitSettings(Config):
     """Everything of a fit but where it reads and writes. A run on one device repeats exactly for equal settings."""
 
@@ -309,6 +318,8 @@ class FitSettings(Config):
     """How confidences are made honest."""
     suspects: SuspectsConfig = SuspectsConfig()
     """How wrong labels are looked for."""
+    report: ReportConfig = ReportConfig()
+    """What the page about the bundle shows."""
     strategy: StrategyConfig = Mirrored()
     """How the work is laid on devices."""
 

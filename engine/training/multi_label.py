@@ -196,6 +196,7 @@ def _mistakes(
                 {
                     "key": split.keys[row],
                     "shard": split.shards[row],
+                    "index": split.indexes[row],
                     "split": name,
                     "label": class_names[number],
                     "given": bool(split.targets_N[row, number]),
@@ -210,6 +211,7 @@ def find_suspect_label_sets(
     given_NK: Given,
     keys: Sequence[str],
     shards: Sequence[str],
+    indexes: Sequence[int],
     names: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Labels that are probably missing, or there by mistake; the most doubtful first.
@@ -232,6 +234,7 @@ def find_suspect_label_sets(
             {
                 "key": keys[row],
                 "shard": shards[row],
+                "index": indexes[row],
                 "label": name,
                 "given": bool(given_N[row]),
                 "margin": float(2 * other_N[row] - 1),

@@ -42,9 +42,8 @@ class Partition:
 
     def names(self, table: pa.Table) -> RowNames:
         """Which each labelled row of that table is."""
-        return RowNames(
-            self.labelled.keys, table["shard"].take(pa.array(self.labelled.positions_N)).to_pylist()
-        )
+        rows = table.select(["shard", "index"]).take(pa.array(self.labelled.positions_N))
+        return RowNames(self.labelled.keys, rows["shard"].to_pylist(), rows["index"].to_pylist())
 
     def facts(self) -> dict[str, Any]:
         """What metrics.json says beside the metrics: which rows they rest on."""

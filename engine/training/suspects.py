@@ -36,14 +36,16 @@ class Suspects:
         self,
         keys: Sequence[str],
         shards: Sequence[str],
+        indexes: Sequence[int],
         classes_N: NDArray[np.integer[Any]],
         names: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """One entry for each row: key, shard, label, suggested, margin."""
+        """One entry for each row: key, shard, index, label, suggested, margin."""
         return [
             {
                 "key": keys[row],
                 "shard": shards[row],
+                "index": indexes[row],
                 "label": names[classes_N[row]],
                 "suggested": names[suggested],
                 "margin": margin,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.heads.confidence import Calibration, sigmoid, softmax
+from engine.training.gallery import gallery_of_classes, gallery_of_label_sets
 from engine.training.judgement import JUDGED, JudgedRows, judge
 from engine.training.kinds import CalibrationConfig, Task
 from engine.training.labels import encode_classes, encode_label_sets, label_set
@@ -27,6 +28,7 @@ class RowNames:
 
     keys: Sequence[str]
     shards: Sequence[str]
+    indexes: Sequence[int]  # positions in the shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,29 @@ class Targets(ABC):
         config: CalibrationConfig,
     ) -> Verdict:
         """What a head is worth, by its logits on the rows of validation and test."""
-        splits = {
-            name: JudgedRows(logits[name], self.array[rows_of[name]], *_named(names, rows_of[name]))
-            for name in JUDGED
-        }
+        splits = {name: self._judged(logits[name], rows_of[name], names) for name in JUDGED}
         return self._verdict(splits, config)
+
+    def gallery(
+        self,
+        logits: Mapping[str, NDArray[np.float32]],
+        rows_of: Mapping[str, NDArray[np.int64]],
+        names: RowNames,
+        verdict: Verdict,
+    ) -> dict[str, Any]:
+        """Rows of test (of validation, where test has none) for people to look at: gallery.json.
+
+        Args:
+            verdict: on the same logits.
+        """
+        split = "test" if len(rows_of["test"]) else "validation"
+        rows = self._judged(logits[split], rows_of[split], names)
+        return self._gallery(split, rows, verdict)
+
+    def _judged(
+        self, logits_MK: NDArray[np.float32], rows_M: NDArray[np.int64], names: RowNames
+    ) -> JudgedRows:
+        return JudgedRows(logits_MK, self.array[rows_M], *_named(names, rows_M))
 
     def summary(self, verdict: Verdict) -> dict[str, dict[str, float] | None]:
         """The figures of both splits that a person is shown; None without rows."""
@@ -93,6 +113,10 @@ class Targets(ABC):
     @abstractmethod
     def _verdict(self, splits: Mapping[str, JudgedRows], config: CalibrationConfig) -> Verdict:
         """The same, of both splits."""
+
+    @abstractmethod
+    def _gallery(self, split: str, rows: JudgedRows, verdict: Verdict) -> dict[str, Any]:
+        """The same, of the rows of that split."""
 
     @abstractmethod
     def suspects(
@@ -131,12 +155,16 @@ class _Classes(Targets):
         judgement = judge(splits, self.names, config)
         return Verdict(judgement.calibration, (), judgement.metrics)
 
+    def _gallery(self, split: str, rows: JudgedRows, verdict: Verdict) -> dict[str, Any]:
+        calibrated_MK = verdict.calibration.apply(rows.logits_NK)
+        return gallery_of_classes(split, rows, softmax(calibrated_MK.astype(np.float64)), self.names)
+
     def suspects(
         self, logits_MK: NDArray[np.float32], rows_M: NDArray[np.int64], names: RowNames
     ) -> list[dict[str, Any]]:
         found = find_suspects(softmax(logits_MK.astype(np.float64)), self.array[rows_M])
         found = replace(found, rows=rows_M[found.rows])
-        return found.to_json(names.keys, names.shards, self.array, self.names)
+        return found.to_json(names.keys, names.shards, names.indexes, self.array, self.names)
 
 
 class _LabelSets(Targets):
@@ -156,6 +184,11 @@ class _LabelSets(Targets):
     def _verdict(self, splits: Mapping[str, JudgedRows], config: CalibrationConfig) -> Verdict:
         return Verdict(*judge_label_sets(splits, self.names, config))
 
+    def _gallery(self, split: str, rows: JudgedRows, verdict: Verdict) -> dict[str, Any]:
+        calibrated_MK = verdict.calibration.apply(rows.logits_NK)
+        probabilities_MK = sigmoid(calibrated_MK.astype(np.float64))
+        return gallery_of_label_sets(split, rows, probabilities_MK, verdict.thresholds, self.names)
+
     def suspects(
         self, logits_MK: NDArray[np.float32], rows_M: NDArray[np.int64], names: RowNames
     ) -> list[dict[str, Any]]:
@@ -163,5 +196,6 @@ class _LabelSets(Targets):
         return find_suspect_label_sets(unseen_MK, self.array[rows_M], *_named(names, rows_M), self.names)
 
 
-def _named(names: RowNames, rows: NDArray[np.int64]) -> tuple[list[str], list[str]]:
-    return [names.keys[row] for row in rows], [names.shards[row] for row in rows]
+def _named(names: RowNames, rows: NDArray[np.int64]) -> tuple[list[str], list[str], list[int]]:
+    keys, shards, indexes = names.keys, names.shards, names.indexes
+    return [keys[row] for row in rows], [shards[row] for row in rows], [indexes[row] for row in rows]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 from typing import Any
+
+from PIL import Image
 
 CLASSES = ("ant", "bee", "cat")
 FINGERPRINT = "0123456789abcdef" * 4
@@ -145,6 +149,7 @@ def documents(classes: tuple[str, ...] = CLASSES, **metrics: Any) -> dict[str, A
                 {
                     "key": "img7",
                     "shard": "a.tar",
+                    "index": 7,
                     "split": "test",
                     "label": classes[0],
                     "answer": classes[1],
@@ -170,6 +175,7 @@ def documents(classes: tuple[str, ...] = CLASSES, **metrics: Any) -> dict[str, A
                 {
                     "key": "img9",
                     "shard": "b.tar",
+                    "index": 9,
                     "label": classes[1],
                     "suggested": classes[2],
                     "margin": 0.4321,
@@ -178,6 +184,87 @@ def documents(classes: tuple[str, ...] = CLASSES, **metrics: Any) -> dict[str, A
         },
     }
     return copy.deepcopy(told)
+
+
+def gallery_row(
+    key: str, shard: str, index: int, group: str, label: str, answer: str, share: float
+) -> dict[str, Any]:
+    """One row of gallery.json."""
+    return {
+        "key": key,
+        "shard": shard,
+        "index": index,
+        "group": group,
+        "labels": [label],
+        "answers": [answer],
+        "right": label == answer,
+        "top": [
+            {"label": answer, "confidence": share},
+            {"label": label if label != answer else "cat", "confidence": round(1 - share, 4)},
+        ],
+    }
+
+
+def picture(shard: str, index: int, width: int = 96, height: int = 72) -> dict[str, Any]:
+    """One of pictures.json: a plain colour that hangs on the index."""
+    buffer = io.BytesIO()
+    colour = (37 * index % 256, 91, 160)
+    Image.new("RGB", (width, height), colour).save(buffer, "WEBP")
+    webp = base64.b64encode(buffer.getvalue()).decode()
+    return {"shard": shard, "index": index, "width": width, "height": height, "webp": webp}
+
+
+def pictured(classes: tuple[str, ...] = CLASSES, **metrics: Any) -> dict[str, Any]:
+    """Of a fit whose archive was there: with a gallery, a map, rejects and pictures."""
+    ant, bee, cat = classes[:3]
+    told = documents(classes, **metrics)
+    told["gallery"] = {
+        "split": "test",
+        "rows": [
+            gallery_row("img7", "a.tar", 7, "wrong", ant, bee, 0.9871),
+            gallery_row("img8", "a.tar", 8, "wrong", ant, bee, 0.7123),
+            gallery_row("img2", "a.tar", 2, "wrong", cat, ant, 0.6011),
+            gallery_row("img3", "a.tar", 3, "unsure", bee, bee, 0.4011),
+            gallery_row("img4", "a.tar", 4, "right", cat, cat, 0.9911),
+        ],
+    }
+    told["embedding_map"] = {
+        "of_rows": 402,
+        "explained": [0.31, 0.1234],
+        "x": [-2.0, 0.0, 2.0, 1.5, 1.25],
+        "y": [-1.0, 1.0, 0.5, 0.0, 0.25],
+        "class": [0, 0, 1, 2, 2],
+    }
+    told["rejects"] = {
+        "reasons": {"bad_label": 2, "truncated_image": 3},
+        "files_read": 200,
+        "has_more": True,
+        "examples": [
+            {
+                "key": "odd",
+                "shard": "a.tar",
+                "index": 11,
+                "error": "bad_label",
+                "message": "label member .cls: no UTF-8",
+            }
+            | {"sha256": "00" * 32},
+            {
+                "key": "cut",
+                "shard": "a.tar",
+                "index": 12,
+                "error": "truncated_image",
+                "message": "JPEG: it ends early",
+            }
+            | {"sha256": "01" * 32},
+        ],
+    }
+    wanted = (("a.tar", 7), ("b.tar", 9), ("a.tar", 2), ("a.tar", 3), ("a.tar", 4), ("a.tar", 11))
+    told["pictures"] = {
+        "wanted": 7,
+        "pictures": [picture(*sample) for sample in wanted],
+        "missing": [{"why": "the archive has another image there now, or none", "samples": 1}],
+    }
+    return told
 
 
 def finetuned(**metrics: Any) -> dict[str, Any]:

@@ -18,9 +18,19 @@ import matplotlib as mpl
 import pytest
 
 from engine.report.page import render_report
-from tests.report.documents import FINGERPRINT, TRAINING, documents, epochs, finetuned, manifest
+from tests.report.documents import (
+    FINGERPRINT,
+    TRAINING,
+    documents,
+    epochs,
+    finetuned,
+    manifest,
+    picture,
+    pictured,
+)
 from tests.report.pages import Element, read_page
 
+SHOWN = ("gallery", "embedding_map", "rejects", "pictures")
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -303,14 +313,15 @@ def test_labels_keys_and_paths_of_strangers_are_text_and_nothing_else() -> None:
 
 
 def test_the_page_asks_for_nothing_and_allows_no_script_but_its_own() -> None:
-    page = render_report(finetuned())
+    page = render_report({**finetuned(), **{name: pictured()[name] for name in SHOWN}})
     assert not re.findall(r"https?:", page)
     assert not re.findall(r"@import|url\((?!#)", page)
     read = read_page(page)
     for element in read.everything():
         for name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
             target = element.attributes.get(name)
-            assert target is None or target.startswith("#"), (element.name, target)
+            is_own = target is None or target.startswith(("#", "data:image/webp;base64,"))
+            assert is_own, (element.name, target)
     data, code = read.all("script")
     assert data.attributes == {"type": "application/json", "id": "steps"} and code.attributes == {}
     (policy,) = (one.attributes["content"] for one in read.all("meta") if "http-equiv" in one.attributes)
@@ -320,7 +331,7 @@ def test_the_page_asks_for_nothing_and_allows_no_script_but_its_own() -> None:
 
 
 def test_links_and_labels_lead_to_something_that_is_there_once() -> None:
-    page = page_of(finetuned())
+    page = page_of({**finetuned(), **{name: pictured()[name] for name in SHOWN}})
     ids = Counter(one.attributes["id"] for one in page.everything() if "id" in one.attributes)
     assert [id_ for id_, count in ids.items() if count > 1] == []
     for element in page.everything():
@@ -333,7 +344,7 @@ def test_links_and_labels_lead_to_something_that_is_there_once() -> None:
 
 
 def test_who_cannot_see_or_has_no_mouse_can_use_the_page() -> None:
-    page = page_of(finetuned(grid=[]))
+    page = page_of({**finetuned(grid=[]), **{name: pictured()[name] for name in SHOWN}})
     (html,) = page.all("html")
     assert html.attributes == {"lang": "en"}
     assert next(page.all("title")).text == "Report of animals"
@@ -346,9 +357,11 @@ def test_who_cannot_see_or_has_no_mouse_can_use_the_page() -> None:
         assert all(head.attributes.get("scope") in ("row", "col") for head in table.all("th"))
         assert all(row.children[0].name == "th" for row in table.all("tr"))
     named = {one.attributes["for"] for one in page.all("label")}
-    assert all(one.attributes["id"] in named for one in page.all("input"))
+    controls = [one for kind in ("input", "select") for one in page.all(kind)]
+    assert len(controls) == 3 and all(one.attributes["id"] in named for one in controls)
+    assert all("alt" in one.attributes for one in page.all("img"))
     plots = list(page.all("svg"))
-    assert len(plots) == 4
+    assert len(plots) == 5
     for plot in plots:
         assert plot.attributes["role"] == "img"
         title, description = next(plot.all("title")), next(plot.all("desc"))
@@ -395,14 +408,143 @@ def test_the_same_documents_give_the_same_bytes_whatever_the_settings_of_matplot
     assert other.stdout.strip() == hashlib.sha256(page.encode()).hexdigest()
 
 
+def cards(page: Element, group: str) -> list[Element]:
+    return [
+        one
+        for one in page.by_id(f"gallery-{group}").all("li")
+        if "card" in (one.attributes.get("class") or "")
+    ]
+
+
+def text_of(element: Element) -> str:
+    return " ".join(element.text.split())
+
+
+def source_of(element: Element) -> str:
+    return str(next(element.all("img")).attributes["src"])
+
+
+def test_a_card_has_the_picture_the_label_the_answer_and_the_bars_of_its_row() -> None:
+    told = pictured()
+    page = page_of(told)
+    first, second, third = cards(page, "wrong")
+    assert text_of(first) == "Labelled ant Answered bee bee 98.71 % ant 1.29 % img7"
+    bars = list(first.all("li"))
+    assert [one.attributes["style"] for one in bars] == ["--share:0.9871", "--share:0.0129"]
+    assert [one.attributes.get("class") for one in bars] == [None, "own"]
+    assert next(first.all("img")).attributes["alt"] == "Image img7"
+    by_index = {one["index"]: one["webp"] for one in told["pictures"]["pictures"]}
+    assert source_of(first) == f"data:image/webp;base64,{by_index[7]}"
+    assert source_of(third) == f"data:image/webp;base64,{by_index[2]}"
+    assert not list(second.all("img")), "its picture could not be had"
+    assert [len(cards(page, group)) for group in ("wrong", "unsure", "right")] == [3, 1, 1]
+    assert [one.attributes["data-cell"] for one in (first, second, third)] == ["0-1", "0-1", "2-0"]
+
+
+def test_a_cell_of_the_matrix_opens_its_rows_where_there_are_some() -> None:
+    page = page_of(pictured())
+    opening = {
+        cell.attributes["data-opens"]: cell.attributes["data-words"]
+        for cell in page.by_id("matrix").all("td")
+        if "data-opens" in cell.attributes
+    }
+    assert opening == {
+        "0-1": "2 rows of ant, answered bee",
+        "1-1": "15 rows of bee, answered so",
+        "2-0": "1 row of cat, answered ant",
+        "2-2": "15 rows of cat, answered so",
+    }
+    assert [row[2] for row in page.by_id("confusions").rows()] == ["2", "1"]
+    opens = [one.attributes.get("data-opens") for one in page.by_id("confusions").all("td")]
+    assert [one for one in opens if one] == ["0-1", "2-0"]
+
+
+def test_mistakes_doubted_labels_and_rejects_have_their_pictures() -> None:
+    told = pictured()
+    page = page_of(told)
+    by_index = {one["index"]: f"data:image/webp;base64,{one['webp']}" for one in told["pictures"]["pictures"]}
+    assert source_of(page.by_id("mistakes")) == by_index[7]
+    assert source_of(page.by_id("suspects")) == by_index[9]
+    assert page.by_id("mistakes").rows() == [["img7", "a.tar", "test", "ant", "bee", "0.9871"]]
+    assert page.by_id("rejects").rows() == [["truncated_image", "3"], ["bad_label", "2"]]
+    assert "Of 200 files of rejects; there are more." in page.by_id("rejects-caption").text
+    odd, cut = (one for one in page.by_id("missing").all("li"))
+    assert text_of(odd) == "Reason bad_label Shard a.tar Message label member .cls: no UTF-8 odd"
+    assert source_of(odd) == by_index[11] and not list(cut.all("img"))
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"wanted": 7, "pictures": [], "missing": [{"why": "report.pictures is false", "samples": 1}]},
+         "Pictures were not available: report.pictures is false."),
+        ({"wanted": 3, "pictures": [picture("a.tar", 7)], "missing": [{"why": "gone", "samples": 2}]},
+         "2 of 3 pictures were not available: gone (2)."),
+    ],
+)  # fmt: skip
+def test_why_pictures_are_missing_is_told(document: dict[str, Any], words: str) -> None:
+    assert words in text_of(page_of({**pictured(), "pictures": document}).by_id("gallery"))
+
+
+def test_a_page_without_a_gallery_has_no_place_for_one() -> None:
+    ids = {one.attributes.get("id") for one in page_of(documents()).everything()}
+    assert not {"gallery", "map", "opened"} & ids
+
+
+def test_the_map_has_a_dot_for_each_point_and_one_scale_for_both_axes() -> None:
+    page = page_of(pictured())
+    (plot,) = (one for one in page.by_id("map").all("svg"))
+    paths = {one.attributes["data-class"]: one.attributes["d"] or "" for one in plot.all("path")}
+    dots = {name: re.findall(r"M(\d+) (\d+)h0", path) for name, path in paths.items()}
+    assert {name: len(some) for name, some in dots.items()} == {"0": 2, "1": 1, "2": 2}
+    (x0, y0), (x1, y1) = (tuple(map(int, dot)) for dot in dots["0"])
+    assert x1 - x0 == y0 - y1 == 306, "two units each, and up is less"
+    assert [one.text for one in plot.all("text")] == ["ant", "bee", "cat"]
+    assert "5 of 402 labelled rows." in page.by_id("map").text
+    assert "The two axes hold 43.34 % of what tells these rows apart." in page.by_id("map").text
+    options = [one.text for one in page.by_id("map-class").all("option")]
+    assert options == ["all classes", "ant (2)", "bee (1)", "cat (2)"]
+
+
+def test_names_on_the_map_stand_inside_and_not_on_each_other() -> None:
+    names = ("n" * 30, "o" * 30, "p" * 30)
+    told = pictured(names)
+    told["embedding_map"] |= {"x": [0.0, 0.0, 0.0, 0.0, 9.0], "y": [0.0, 0.0, 0.0, 0.0, 0.1]}
+    places = [
+        (int(one.attributes["x"] or 0), int(one.attributes["y"] or 0))
+        for one in page_of(told).by_id("map").all("text")
+    ]
+    assert all(139 <= x <= 640 - 139 for x, _ in places)
+    assert len({y for _, y in places}) == 3
+    assert all(later - earlier >= 17 for earlier, later in pairwise(sorted(y for _, y in places)))
+
+
+def test_what_strangers_wrote_is_text_in_cards_maps_and_cells_too() -> None:
+    plain, told = page_of(pictured()), pictured(HOSTILE)
+    told["gallery"]["rows"][0]["key"] = told["rejects"]["examples"][0]["message"] = HOSTILE[2]
+    told["pictures"]["missing"][0]["why"] = HOSTILE[1]
+    hostile = page_of(told)
+    for name in ("script", "img", "iframe", "link", "object", "style", "svg", "dialog"):
+        assert len(list(hostile.all(name))) == len(list(plain.all(name))), name
+    assert [one.text for one in hostile.by_id("map").all("text")] == [
+        name[:39] + "…" if len(name) > 40 else name for name in HOSTILE
+    ]
+    for element in hostile.everything():
+        assert not [name for name in element.attributes if name.startswith("on")], element.attributes
+
+
 def test_nothing_grows_without_bound() -> None:
     many = documents(tuple(f"class{number:04d}" for number in range(1_000)))
     many["metrics"]["training"] = {**TRAINING, "history": epochs(1, 2_000), "best_epoch": 1_999}
     many["suspects"]["suspects"] *= 10_000
     many["recipe"] = {"note": "x" * 1_000_000}
+    classes_P = [number % 1_000 for number in range(2_000)]
+    many["embedding_map"] = {"of_rows": 10**9, "explained": [0.1, 0.1], "class": classes_P}
+    many["embedding_map"] |= {"x": list(range(2_000)), "y": list(range(2_000))}
     page = render_report(many)
-    assert len(page.encode()) < 600_000
-    assert all(len(plot) < 60_000 for plot in re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert len(page.encode()) < 750_000
+    assert all(len(plot) < 60_000 for plot in re.findall(r"<svg class=\"plot.*?</svg>", page, re.DOTALL))
+    assert all(len(plot) < 130_000 for plot in re.findall(r"<svg class=\"map.*?</svg>", page, re.DOTALL))
     read = read_page(page)
     assert len(read.by_id("classes").rows()) == 1_000
     assert "matrix" not in {one.attributes.get("id") for one in read.everything()}

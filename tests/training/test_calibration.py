@@ -125,7 +125,11 @@ def test_the_coverage_curve_ends_with_all_rows_and_keeps_ties_together() -> None
 def judged(rows: Case, name: str) -> JudgedRows:
     logits_NK, classes_N = rows
     return JudgedRows(
-        logits_NK, classes_N, [f"{name}{row}" for row in range(len(classes_N))], ["a.tar"] * len(classes_N)
+        logits_NK,
+        classes_N,
+        [f"{name}{row}" for row in range(len(classes_N))],
+        ["a.tar"] * len(classes_N),
+        list(range(len(classes_N))),
     )
 
 

@@ -273,7 +273,8 @@ def test_labels_that_were_changed_are_suspected_and_few_others(tmp_path: Path, k
     assert len(found & changed) / len(changed) >= 0.6
     assert len(found & changed) / len(found) >= 0.5
     first = suspects[0]
-    assert set(first) == {"key", "shard", "label", "suggested", "margin"}
+    assert set(first) == {"key", "shard", "index", "label", "suggested", "margin"}
+    assert first["key"] == f"img{first['index']:04d}"
     assert first["label"] == labels[int(first["key"].removeprefix("img"))] != first["suggested"]
     margins = [entry["margin"] for entry in suspects]
     assert margins == sorted(margins, reverse=True)

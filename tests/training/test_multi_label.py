@@ -140,7 +140,7 @@ def test_a_judgement_calibrates_on_validation() -> None:
     logits_NK = (4 * (3 * embeddings_ND[:, :3] + [-1.0, 0.0, 1.0])).astype(np.float32)  # four times too sure
     keys = [str(row) for row in range(4_000)]
     half = {
-        name: JudgedRows(logits_NK[part], given_NK[part], keys[part], keys[part])
+        name: JudgedRows(logits_NK[part], given_NK[part], keys[part], keys[part], range(4_000)[part])
         for name, part in (("validation", slice(0, 2_000)), ("test", slice(2_000, None)))
     }
     calibration, thresholds, metrics = judge_label_sets(half, NAMES, CalibrationConfig())
@@ -219,7 +219,7 @@ def test_missing_and_wrong_labels_are_among_the_suspects(tmp_path: Path) -> None
     first = {(suspect["key"], suspect["label"], suspect["given"]) for suspect in suspects[:4]}
     assert first == {(f"img{row:04d}", NAMES[number], bool(wrong_NK[row, number])) for row, number in changed}
     calm = find_suspect_label_sets(
-        np.array([[0.9], [0.2], [0.6]]), np.array([[1], [0], [0]], np.uint8), "abc", "abc", ["x"]
+        np.array([[0.9], [0.2], [0.6]]), np.array([[1], [0], [0]], np.uint8), "abc", "abc", range(3), ["x"]
     )
     assert calm == []  # 0.6 is less than what rows with the class have
 

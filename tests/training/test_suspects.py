@@ -24,9 +24,9 @@ def test_a_row_that_is_confidently_of_another_class_is_suspected() -> None:
     assert found.rows.tolist() == [3]
     assert found.suggested.tolist() == [1]
     assert found.margins.tolist() == pytest.approx([0.9])
-    entries = found.to_json(list("abcdef"), ["s"] * 6, classes_N, ["x", "y", "z"])
+    entries = found.to_json(list("abcdef"), ["s"] * 6, range(6), classes_N, ["x", "y", "z"])
     assert entries == [
-        {"key": "d", "shard": "s", "label": "x", "suggested": "y", "margin": pytest.approx(0.9)}
+        {"key": "d", "shard": "s", "index": 3, "label": "x", "suggested": "y", "margin": pytest.approx(0.9)}
     ]
 
 

@@ -52,6 +52,7 @@ def test_an_empty_recipe_gets_the_documented_defaults() -> None:
         "grid": {"learning_rate": (), "weight_decay": (), "l2": (), "dropout": (), "head": ()},
         "calibration": {"kind": "adaptive", "precisions": (0.9, 0.95, 0.99)},
         "suspects": {"folds": 5},
+        "report": {"pictures": True},
         "strategy": {"kind": "mirrored", "workers": 1, "devices_per_worker": None},
     }
 

@@ -1,0 +1,281 @@
+"""Small pictures of some samples of an embedding table, read again from its archive; and examples of its rejects.
+
+Best effort, within seconds and bytes: what cannot be had is told, and nothing fails for it. A sample is reached through
+the part that has it, whose footer says at which byte of the shard it begins; a picture counts only if its bytes are
+those that the embedding was made of. Not for: choosing the samples, or showing them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import EngineError, ObjectChanged, ObjectNotFound
+from engine.images import ImageRejected
+from engine.parts import PartName, path16_of
+from engine.schema import RejectReason, SampleId
+from engine.shards.base import Resume
+from engine.shards.kinds import FilesSource, SourceConfig, open_reader, source_of_contract
+from engine.storage import ObjectInfo, Store, open_store
+from engine.tables import READ_THREADS, REJECTS_FOLDER, Table, part_names, read_part, read_shard_facts
+from engine.thumbnails import Thumbnail, pictures_document, thumbnail_of_image
+
+log = logging.getLogger(__name__)
+
+SECONDS = 30.0  # a fit takes minutes to hours; nobody should notice that it also takes pictures
+# To a sample of a tar its part is read from the beginning: 100 MB of photos where it is the last of 1,024.
+SIZE = 1 << 30
+REJECT_FILES = 200  # that are read for reasons and examples; each is a request
+EXAMPLES = 3  # of each reason
+# Of other rejects there is no image, or none that can be decoded.
+WITH_IMAGE = (
+    RejectReason.BAD_LABEL,
+    RejectReason.TOO_MANY_PIXELS,
+    RejectReason.NON_FINITE_EMBEDDING,
+    RejectReason.ZERO_EMBEDDING,
+)
+OTHER_BYTES = "the archive has another image there now, or none"
+NOT_FOUND = "the shard has no such sample any more"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What reading pictures may cost. A request that is under way when it ends is not waited for."""
+
+    seconds: float = SECONDS
+    size: int = SIZE  # bytes from the source
+
+
+def documents_of_samples(
+    table: Table, wanted: Sequence[SampleId], with_pictures: bool, budget: Budget | None = None
+) -> dict[str, dict[str, Any]]:
+    """What a report of a bundle shows beside the bundle's own numbers, by role: `pictures`, and `rejects` if any.
+
+    Args:
+        table: that the bundle was fitted on.
+        wanted: samples, the most wanted first, each once. Examples of rejects come after them.
+        with_pictures: False: the archive is not asked, and no image is copied.
+    """
+    rejects, kept = rejects_document(table)
+    documents = {"rejects": rejects} if rejects["reasons"] else {}
+    if not with_pictures:
+        return {**documents, "pictures": pictures_document((), {}, {"report.pictures is false": 1})}
+    examples = {
+        (one["shard"], one["index"]): one["sha256"]
+        for one in rejects["examples"]
+        if one["error"] in WITH_IMAGE
+    }
+    asked = list(dict.fromkeys([*wanted, *examples]))
+    found = _Found(budget or Budget(), table.store.uri)
+    for sample, encoded in kept.items():
+        found.add(sample, encoded, None)
+    _read_pictures(table, [sample for sample in asked if sample not in kept], examples, found)
+    pictures = pictures_document(asked, *found.told(len(asked)))
+    if asked and not pictures["pictures"]:
+        log.warning("the report has no pictures: %s", "; ".join(one["why"] for one in pictures["missing"]))
+    return {**documents, "pictures": pictures}
+
+
+def rejects_document(table: Table) -> tuple[dict[str, Any], dict[SampleId, bytes]]:
+    """For rejects.json: reasons (with their number), files_read, has_more (files that were not read), and examples.
+
+    Returns:
+        That, and the encoded images of examples whose bytes the table keeps.
+    """
+    names = {name for name, _ in table.parts}  # others are of replaced shards
+    reasons: Counter[str] = Counter()
+    examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    kept: dict[SampleId, bytes] = {}
+    listed: list[PartName] = []
+    try:
+        listed += islice(part_names(table.store, REJECTS_FOLDER), REJECT_FILES + 1)
+    except EngineError as error:
+        log.warning("the rejects of the table cannot be listed: %s", error.thing)
+    read = sorted((name for name in listed[:REJECT_FILES] if name in names), key=str)
+    for name in read:
+        for row in _reject_rows(table.store, name):
+            reasons[row["error"]] += 1
+            if len(examples[row["error"]]) < EXAMPLES:
+                encoded, sha256 = row.pop("bytes", None), row.pop("sha256")
+                examples[row["error"]].append({**row, "sha256": sha256 and sha256.hex()})
+                if encoded and row["error"] in WITH_IMAGE:
+                    kept[row["shard"], row["index"]] = encoded
+    document = {
+        "reasons": dict(sorted(reasons.items())),
+        "files_read": len(read),
+        "has_more": len(listed) > REJECT_FILES,
+        "examples": [row for _, rows in sorted(examples.items()) for row in rows],
+    }
+    return document, kept
+
+
+def _reject_rows(store: Store, name: PartName) -> list[dict[str, Any]]:
+    """None of a file that is gone or damaged, which `engine verify` names."""
+    try:
+        content = pq.read_table(io.BytesIO(store.read(f"{REJECTS_FOLDER}{name}")))
+        wanted = ["key", "shard", "index", "error", "message", "sha256"]
+        kept = ["bytes"] if "bytes" in content.column_names else []
+        rows: list[dict[str, Any]] = content.select([*wanted, *kept]).to_pylist()
+    except (EngineError, pa.ArrowException, OSError, KeyError):
+        return []
+    return rows
+
+
+class _Found:
+    """Pictures so far, what is missing and why, and what it cost; threads add to it."""
+
+    def __init__(self, budget: Budget, table_uri: str) -> None:
+        self._budget, self._table_uri = budget, table_uri
+        self._pictures: dict[SampleId, Thumbnail] = {}
+        self._missing: Counter[str] = Counter()
+        self._bytes_read, self._started = 0, time.monotonic()
+        self._lock = threading.Lock()
+
+    def add_bytes(self, count: int) -> None:
+        with self._lock:
+            self._bytes_read += count
+
+    def lack(self, why: str, samples: int = 1) -> None:
+        with self._lock:
+            self._missing[why] += samples
+
+    def add(self, sample: SampleId, encoded: bytes | None, sha256: bytes | None) -> None:
+        """The picture of a sample, if these are its bytes."""
+        if encoded is None or (sha256 is not None and hashlib.sha256(encoded).digest() != sha256):
+            return self.lack(OTHER_BYTES)
+        try:
+            thumbnail = thumbnail_of_image(encoded)
+        except ImageRejected as rejected:
+            return self.lack(f"cannot be decoded: {rejected.reason}")
+        with self._lock:
+            self._pictures[sample] = thumbnail
+        return None
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._budget.seconds - (time.monotonic() - self._started))
+
+    @property
+    def spent(self) -> str:
+        """Which part of the budget is used up; empty: none."""
+        if not self.seconds_left:
+            return f"the {self._budget.seconds:g} seconds for reading pictures had passed"
+        if self._bytes_read >= self._budget.size:
+            return f"the {self._budget.size / 1e6:,.0f} MB for reading pictures were used up"
+        return ""
+
+    def told(self, asked: int) -> tuple[dict[SampleId, Thumbnail], Counter[str]]:
+        """All of it, as it is now; whatever is not accounted for is late."""
+        with self._lock:
+            pictures, missing = dict(self._pictures), self._missing.copy()
+        late = asked - len(pictures) - missing.total()
+        if late > 0:
+            missing[self.spent or "reading them was given up"] += late
+        return pictures, missing
+
+
+def _read_pictures(
+    table: Table, asked: Sequence[SampleId], digests: Mapping[SampleId, str | None], found: _Found
+) -> None:
+    """Part by part, those with the most wanted samples first."""
+    source = source_of_contract(table.record.get("contract", {}))
+    rows_per_part = table.record.get("rows_per_part")
+    if source is None or rows_per_part is None:
+        return found.lack("the table does not say where its images are", len(asked))
+    by_part: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for shard, index in asked:
+        by_part[shard, index // rows_per_part].append(index)
+    parts = {(name.path16, name.number): (name, info) for name, info in table.parts}
+
+    def read(shard: str, number: int) -> None:
+        indexes, begun = sorted(by_part[shard, number]), 0
+        try:
+            for index, encoded, sha256 in _images(
+                table, parts[path16_of(shard), number], source, shard, indexes, found
+            ):
+                begun += 1
+                own = digests.get((shard, index))
+                found.add((shard, index), encoded, bytes.fromhex(own) if own else sha256)
+            why = found.spent or NOT_FOUND
+        except EngineError as error:
+            why = error.thing
+        except KeyError:  # its part has gone since
+            why = NOT_FOUND
+        if begun < len(indexes):
+            found.lack(why, len(indexes) - begun)
+
+    pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pictures")
+    most_first = sorted(by_part, key=lambda place: -len(by_part[place]))
+    reading = [pool.submit(read, *place) for place in most_first]
+    done, _ = wait(reading, timeout=found.seconds_left)
+    pool.shutdown(wait=False, cancel_futures=True)  # a store that does not answer is not waited for
+    for future in done:
+        future.result()
+    return None
+
+
+def _images(
+    table: Table,
+    part: tuple[PartName, ObjectInfo],
+    source: SourceConfig,
+    shard: str,
+    indexes: Sequence[int],
+    found: _Found,
+) -> Iterator[tuple[int, bytes | None, bytes | None]]:
+    """Index, encoded image, and the digest that it should have (None: the part has no such row), while budgets last.
+
+    Raises:
+        EngineError: the part, or its shard, cannot be read.
+    """
+    name, info = part
+    if found.spent:
+        return
+    rows = read_part(table.store, info, ["key", "index", "sha256"]).to_pylist()
+    of_index = {row["index"]: row for row in rows}
+    store = open_store(source.uri, table.store.config)
+    max_bytes = int(table.record["contract"].get("limits.max_sample_bytes", SIZE))
+    if isinstance(source, FilesSource):  # a sample is a file by itself, and its key the path
+        for index in indexes:
+            if found.spent:
+                return
+            if index in of_index:
+                row = of_index[index]
+                yield index, _file(store, row["key"], max_bytes, found), row["sha256"]
+        return
+    offset = read_shard_facts(table.store, name).begin_offset
+    first = indexes[0] if offset is None else name.number * table.record["rows_per_part"]
+    reader = open_reader(source, max_bytes)
+    samples = reader.read(store, store.info(shard), Resume(first, offset), found.add_bytes)
+    wanted, last = set(indexes), indexes[-1]
+    with closing(samples):  # type: ignore[type-var]  # readers are generators
+        for sample in samples:
+            if sample.index in wanted:
+                row = of_index.get(sample.index)
+                yield sample.index, sample.image, row and row["sha256"]
+            if sample.index >= last or found.spent:
+                return
+
+
+def _file(store: Store, path: str, max_bytes: int, found: _Found) -> bytes | None:
+    """None: it is gone, or has become too large."""
+    try:
+        info = store.info(path)
+        if info.size > max_bytes:
+            return None
+        found.add_bytes(info.size)
+        return store.read(path, expected=info)
+    except (ObjectNotFound, ObjectChanged):
+        return None
