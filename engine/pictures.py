@@ -1,8 +1,8 @@
 """Small pictures of some samples of an embedding table, read again from its archive; and examples of its rejects.
 
 Best effort, within seconds and bytes: what cannot be had is told, and nothing fails for it. A sample is reached through
-the part that has it, whose footer says at which byte of the shard it begins; a picture counts only if its bytes are
-those that the embedding was made of. Not for: choosing the samples, or showing them.
+the part that has it, whose footer says at which byte of the shard it begins, and in a long part of a tar by a search. A
+picture counts only if its bytes are those that were embedded. Not for: choosing the samples, or showing them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,26 @@ from engine.parts import PartName, path16_of
 from engine.schema import RejectReason, SampleId
 from engine.shards.base import Resume
 from engine.shards.kinds import FilesSource, SourceConfig, open_reader, source_of_contract
+from engine.shards.tar_search import Stretch
+from engine.shards.webdataset import WebDatasetReader
 from engine.storage import ObjectInfo, Store, open_store
-from engine.tables import READ_THREADS, REJECTS_FOLDER, Table, part_names, read_part, read_shard_facts
+from engine.tables import (
+    READ_THREADS,
+    REJECTS_FOLDER,
+    ShardPartFacts,
+    Table,
+    part_names,
+    read_part,
+    read_shard_facts,
+)
 from engine.thumbnails import Thumbnail, pictures_document, thumbnail_of_image
 
 log = logging.getLogger(__name__)
 
 SECONDS = 30.0  # a fit takes minutes to hours; nobody should notice that it also takes pictures
-# To a sample of a tar its part is read from the beginning: 100 MB of photos where it is the last of 1,024.
-SIZE = 1 << 30
+SIZE = 1 << 30  # a hundred looks of a few MB into tars; compressed shards are read from their beginning
+LOOKS_PER_SAMPLE = 3  # of a search in a tar, as a rule
+REJECTS_BYTES = 64 << 20  # of a file of rejects that keeps images; larger ones are left alone
 REJECT_FILES = 200  # that are read for reasons and examples; each is a request
 EXAMPLES = 3  # of each reason
 # Of other rejects there is no image, or none that can be decoded.
@@ -48,7 +59,7 @@ WITH_IMAGE = (
     RejectReason.ZERO_EMBEDDING,
 )
 OTHER_BYTES = "the archive has another image there now, or none"
-NOT_FOUND = "the shard has no such sample any more"
+NOT_FOUND = "it was not found in its shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ def documents_of_samples(
         if one["error"] in WITH_IMAGE
     }
     asked = list(dict.fromkeys([*wanted, *examples]))
-    found = _Found(budget or Budget(), table.store.uri)
+    found = _Found(budget or Budget())
     for sample, encoded in kept.items():
         found.add(sample, encoded, None)
     _read_pictures(table, [sample for sample in asked if sample not in kept], examples, found)
@@ -105,8 +116,11 @@ def rejects_document(table: Table) -> tuple[dict[str, Any], dict[SampleId, bytes
     except EngineError as error:
         log.warning("the rejects of the table cannot be listed: %s", error.thing)
     read = sorted((name for name in listed[:REJECT_FILES] if name in names), key=str)
+    too_large = 0
     for name in read:
-        for row in _reject_rows(table.store, name):
+        rows = _reject_rows(table.store, name)
+        too_large += rows is None
+        for row in rows or ():
             reasons[row["error"]] += 1
             if len(examples[row["error"]]) < EXAMPLES:
                 encoded, sha256 = row.pop("bytes", None), row.pop("sha256")
@@ -115,17 +129,20 @@ def rejects_document(table: Table) -> tuple[dict[str, Any], dict[SampleId, bytes
                     kept[row["shard"], row["index"]] = encoded
     document = {
         "reasons": dict(sorted(reasons.items())),
-        "files_read": len(read),
-        "has_more": len(listed) > REJECT_FILES,
+        "files_read": len(read) - too_large,
+        "has_more": len(listed) > REJECT_FILES or too_large > 0,
         "examples": [row for _, rows in sorted(examples.items()) for row in rows],
     }
     return document, kept
 
 
-def _reject_rows(store: Store, name: PartName) -> list[dict[str, Any]]:
-    """None of a file that is gone or damaged, which `engine verify` names."""
+def _reject_rows(store: Store, name: PartName) -> list[dict[str, Any]] | None:
+    """None where the file is too large; no rows of one that is gone or damaged, which `engine verify` names."""
+    path = f"{REJECTS_FOLDER}{name}"
     try:
-        content = pq.read_table(io.BytesIO(store.read(f"{REJECTS_FOLDER}{name}")))
+        if store.info(path).size > REJECTS_BYTES:
+            return None
+        content = pq.read_table(io.BytesIO(store.read(path)))
         wanted = ["key", "shard", "index", "error", "message", "sha256"]
         kept = ["bytes"] if "bytes" in content.column_names else []
         rows: list[dict[str, Any]] = content.select([*wanted, *kept]).to_pylist()
@@ -137,8 +154,8 @@ def _reject_rows(store: Store, name: PartName) -> list[dict[str, Any]]:
 class _Found:
     """Pictures so far, what is missing and why, and what it cost; threads add to it."""
 
-    def __init__(self, budget: Budget, table_uri: str) -> None:
-        self._budget, self._table_uri = budget, table_uri
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._pictures: dict[SampleId, Thumbnail] = {}
         self._missing: Counter[str] = Counter()
         self._bytes_read, self._started = 0, time.monotonic()
@@ -255,10 +272,21 @@ def _images(
                 row = of_index[index]
                 yield index, _file(store, row["key"], max_bytes, found), row["sha256"]
         return
-    offset = read_shard_facts(table.store, name).begin_offset
+    facts = read_shard_facts(table.store, name)
+    reader, shard_info = open_reader(source, max_bytes), store.info(shard)
+    if isinstance(reader, WebDatasetReader) and (stretch := _long_stretch(facts, name, rows, indexes, table)):
+        keys = {index: key for key, index in stretch.indexes.items()}
+        for index in indexes:
+            if found.spent:
+                return
+            if (key := keys.get(index)) is not None and (
+                sample := reader.find(store, shard_info, key, stretch, found.add_bytes)
+            ):
+                yield index, sample.image, of_index[index]["sha256"]
+        return
+    offset = facts.begin_offset
     first = indexes[0] if offset is None else name.number * table.record["rows_per_part"]
-    reader = open_reader(source, max_bytes)
-    samples = reader.read(store, store.info(shard), Resume(first, offset), found.add_bytes)
+    samples = reader.read(store, shard_info, Resume(first, offset), found.add_bytes)
     wanted, last = set(indexes), indexes[-1]
     with closing(samples):  # type: ignore[type-var]  # readers are generators
         for sample in samples:
@@ -267,6 +295,24 @@ def _images(
                 yield sample.index, sample.image, row and row["sha256"]
             if sample.index >= last or found.spent:
                 return
+
+
+def _long_stretch(
+    facts: ShardPartFacts,
+    name: PartName,
+    rows: Sequence[Mapping[str, Any]],
+    indexes: Sequence[int],
+    table: Table,
+) -> Stretch | None:
+    """The part as records to search in, where that costs less than reading it from its beginning."""
+    if facts.begin_offset is None or facts.end_offset is None:
+        return None
+    first = name.number * table.record["rows_per_part"]
+    counts = Counter(row["key"] for row in rows)
+    once = {row["key"]: row["index"] for row in rows if counts[row["key"]] == 1}
+    stretch = Stretch(first, facts.begin_offset, first + facts.samples, facts.end_offset, once)
+    to_last = (facts.end_offset - facts.begin_offset) * (indexes[-1] - first) / facts.samples
+    return stretch if to_last > LOOKS_PER_SAMPLE * stretch.window_bytes * len(indexes) else None
 
 
 def _file(store: Store, path: str, max_bytes: int, found: _Found) -> bytes | None:

@@ -30,16 +30,18 @@ from tests.shards.archives import member, tar_bytes
 ROWS = 8
 
 
-def made_table(folder: Path, limits: Limits | None = None, source: SourceConfig | None = None) -> Table:
+def made_table(
+    folder: Path, limits: Limits | None = None, source: SourceConfig | None = None, rows_per_part: int = ROWS
+) -> Table:
     """Every part of an archive, with embeddings of width 2 that are made up."""
     fields = {"source": source} if source else {}
-    job = job_without_network(folder, 32, rows_per_part=ROWS, limits=limits or Limits(), **fields)
+    job = job_without_network(folder, 32, rows_per_part=rows_per_part, limits=limits or Limits(), **fields)
     record = {
         "kind": "embeddings",
         "schema_version": SCHEMA_VERSION,
         "fingerprint": "f",
         "width": 2,
-        "rows_per_part": ROWS,
+        "rows_per_part": rows_per_part,
         "contract": {f"source.{name}": value for name, value in job.source.contract().items()}
         | {f"limits.{name}": value for name, value in job.limits.contract().items()},
     }
@@ -238,3 +240,21 @@ def test_of_very_many_files_of_rejects_some_are_read_and_the_document_says_so(
         2,
         True,
     )
+
+
+def test_in_a_long_part_samples_are_found_without_reading_what_is_before_them(tmp_path: Path) -> None:
+    """Of 60 MB, of which the last sample alone would cost nearly all."""
+    random = np.random.default_rng(0)
+    members = []
+    for number in range(160):
+        members += [
+            member(f"{number:06d}.bin", random.bytes(int(random.integers(60_000, 700_000)))),
+            member(f"{number:06d}.jpg", crop_jpeg(number)[0]),
+        ]
+    put(tmp_path, "a.tar", tar_bytes(members))
+    table = made_table(tmp_path, rows_per_part=160)
+    wanted = [("a.tar", index) for index in (159, 0, 80, 121)]
+    shown, missing = asked(table, wanted, size=24_000_000)
+    assert list(shown) == wanted and missing == []
+    for (_, index), pixels in shown.items():
+        assert_is_crop(pixels, index)

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO, cast, final
 
 import pyarrow as pa
@@ -42,6 +44,7 @@ from engine.shards.member_text import (
     metadata_of,
     parse_field,
 )
+from engine.shards.tar_search import Stretch, find_record
 from engine.shards.tar_stream import FOLDER, TarMember, TarStream
 from engine.storage import ObjectInfo, Store
 
@@ -85,6 +88,37 @@ class WebDatasetReader(ShardReader):
             finally:
                 if on_bytes:
                     on_bytes(source.bytes_read - reported)
+
+    def find(
+        self,
+        store: Store,
+        shard: ObjectInfo,
+        key: str,
+        stretch: Stretch,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> Sample | None:
+        """One sample of a plain tar without what is before it; None where it is not found so. Its index is -1.
+
+        Args:
+            stretch: records that it is among.
+            store, shard, on_bytes: as of `read`.
+
+        Raises:
+            ObjectChanged, ObjectNotFound: the shard was replaced or removed.
+        """
+
+        def read(offset: int, length: int) -> bytes:
+            data = store.read(shard.path, offset, length, expected=shard)
+            if on_bytes:
+                on_bytes(len(data))
+            return data
+
+        def parse(data: bytes, offset: int) -> Iterator[Sample]:
+            tar = TarStream(io.BytesIO(data), offset, f"{store.uri}/{shard.path}")
+            return self._samples(tar, Resume(0, offset), has_offsets=True)
+
+        found = find_record(key, stretch, read, parse)
+        return found and replace(found, index=-1)
 
     def _samples(self, tar: TarStream, resume: Resume, has_offsets: bool) -> Iterator[Sample]:
         """A record becomes a sample when the next one begins, or the archive has ended as it should."""

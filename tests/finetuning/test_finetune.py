@@ -350,6 +350,11 @@ def test_the_new_weights_have_the_fingerprint_that_extracting_with_them_finds(tm
     assert summary["report"] == f"{tmp_path}/bundle/report.html"
     assert page == render_report(bundle.documents())
     assert 'id="learning-backbone-begins"' in page
+    told = bundle.documents()
+    pictures = {(one["shard"], one["index"]): one for one in told["pictures"]["pictures"]}
+    assert pictures and told["pictures"]["missing"] == []
+    assert {(row["shard"], row["index"]) for row in told["gallery"]["rows"]} <= set(pictures)
+    assert len(told["embedding_map"]["x"]) == summary["comparison"]["rows"]
     assert f"<strong>{100 * comparison.after:.2f} %</strong> after" in page
 
 

@@ -90,6 +90,8 @@ def test_extract_fit_score_and_read_back(
         fitted.summary["report"] == f"{recipes.root}/bundle/report.html"
         and fitted.summary["report"][:-12] in page
     )
+    assert page.count('src="data:image/webp;base64,') > 10, "read from the shards again, on S3"
+    assert "pictures were not available" not in page
     scored = engine_process("score", recipes.score, "--json")
     assert scored.code == 0, scored.stderr
     assert scored.summary["rows"] == sum(scored.summary["label_counts"].values()) == SHARDS * IMAGES

@@ -17,7 +17,7 @@ from engine.errors import BundleError, LabelError, RecipeError, TableDamaged
 from engine.heads.bundle import open_bundle
 from engine.predictor import Predictor
 from engine.report.page import render_report
-from engine.schema import embeddings_schema
+from engine.schema import SampleId, embeddings_schema
 from engine.storage import StorageConfig, open_store
 from engine.training import passes
 from engine.training.fit import FitSummary, fit_head
@@ -124,6 +124,57 @@ def test_a_fit_publishes_a_bundle_that_predicts_what_it_claims(tmp_path: Path) -
         "classes_without_training_rows": {},
     }
     assert sum(sum(split["rows_per_class"].values()) for split in metrics["split"].values()) == 211
+
+
+def test_a_fit_shows_rows_that_predict_the_same_and_asks_for_their_pictures(tmp_path: Path) -> None:
+    labels = made_table()["label"].to_pylist()
+    labels[::5] = [NAMES[(NAMES.index(label) + 1) % 3] for label in labels[::5]]
+    table, asked = made_table(label=labels), list[list[SampleId]]()
+
+    def look(wanted: Sequence[SampleId]) -> dict[str, Any]:
+        asked.append(list(wanted))
+        return {
+            "pictures": {"wanted": len(wanted), "pictures": [], "missing": [{"why": "none", "samples": 1}]}
+        }
+
+    settings = {"strategy": {"kind": "one_device"}, "optimizer": {"learning_rate": 0.05}}
+    store = open_store(str(tmp_path))
+    fit_head(
+        table,
+        RECORD,
+        FitSettings.model_validate({**settings, "training": {"epochs": 20, "batch_size": 32}}),
+        StorageConfig(),
+        store,
+        lambda epoch: None,
+        look=look,
+    )
+    bundle = open_bundle(store)
+    told = bundle.documents()
+    rows, metrics = told["gallery"]["rows"], told["metrics"]
+    assert told["gallery"]["split"] == "test"
+    assert {row["group"] for row in rows} == {"wrong", "unsure", "right"}
+    predicted = Predictor(bundle, 3).predict_table(table.take([row["index"] for row in rows]))
+    for row, given, top, confidences in zip(
+        rows,
+        predicted["label"].to_pylist(),
+        predicted["top_labels"].to_pylist(),
+        predicted["top_confidences"].to_pylist(),
+        strict=True,
+    ):
+        assert row["key"] == f"img{row['index']:04d}" and row["labels"] == [labels[row["index"]]]
+        assert row["answers"] == [given] and row["right"] == (given == labels[row["index"]])
+        assert [one["label"] for one in row["top"]] == top
+        assert [one["confidence"] for one in row["top"]] == pytest.approx(confidences, abs=1e-4)
+    wrong = metrics["test"]["rows"] * (1 - metrics["test"]["accuracy"])
+    assert sum(not row["right"] for row in rows) == round(wrong) > 0, "few enough to be shown all"
+    (wanted,) = asked
+    mistakes, suspects = metrics["most_confident_mistakes"], told["suspects"]["suspects"]
+    assert wanted[0] == ("a.tar", mistakes[0]["index"])
+    assert {("a.tar", one["index"]) for one in [*mistakes, *suspects[:20], *rows]} == set(wanted)
+    assert len(set(wanted)) == len(wanted)
+    assert len(told["embedding_map"]["x"]) == 211
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page == render_report(told) and "Pictures were not available: none." in page
 
 
 def test_a_bundle_remembers_the_rows_it_was_fitted_on(tmp_path: Path) -> None:
