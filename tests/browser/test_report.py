@@ -169,14 +169,32 @@ def test_one_class_of_the_map_is_shown_alone(open_page: Open, report: Path) -> N
     assert page.evaluate(dim) == [False, False, False]
 
 
+def grave_faults(page: Page) -> list[tuple[str, list[str]]]:
+    """Serious and critical violations: the rule, and the elements."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response
+    assert len(found["passes"]) > 10, "the rules were looked at"
+    return [
+        (one["id"], [node["html"][:200] for node in one["nodes"]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+def test_a_grave_fault_would_be_found(open_page: Open, report: Path) -> None:
+    page = open_page(report).page
+    page.evaluate("document.querySelector('#gallery img').removeAttribute('alt')")
+    page.evaluate("document.querySelector('#min-confidence').id = 'nameless'")
+    assert {rule for rule, _ in grave_faults(page)} >= {"image-alt", "label"}
+
+
 @pytest.mark.parametrize("width", WIDTHS_PX)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everyone_can_use_the_page(
     open_page: Open, report: Path, shots: Path, width: int, scheme: str
 ) -> None:
     """By the rules of axe-core; with everything unfolded, then with the rows of a cell open."""
-    from axe_playwright_python.sync_playwright import Axe
-
     page = open_page(report, width, color_scheme=scheme).page
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 23, 27)"}[scheme]
@@ -186,14 +204,7 @@ def test_everyone_can_use_the_page(
     for cell in (None, "#matrix [data-opens='0-1'] button"):
         if cell is not None:
             page.locator(cell).click()
-        found = Axe().run(page).response
-        grave = [
-            (one["id"], one["impact"], [node["html"][:200] for node in one["nodes"]])
-            for one in found["violations"]
-            if one["impact"] in ("serious", "critical")
-        ]
-        assert grave == []
-        assert len(found["passes"]) > 10
+        assert grave_faults(page) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no scrolling sideways"
 
 
