@@ -3,6 +3,9 @@
 Best effort, within seconds and bytes: what cannot be had is told, and nothing fails for it. A sample is reached through
 the part that has it, whose footer says at which byte of the shard it begins, and in a long part of a tar by a search. A
 picture counts only if its bytes are those that were embedded. Not for: choosing the samples, or showing them.
+
+119 samples anywhere in eight parts of 77 MB: 153 MB were read in 0.4 s, where reading the parts from their beginnings
+took 598 MB and 0.9 s (a local disk, two cores, 2026-11-23).
 """
 
 from __future__ import annotations
