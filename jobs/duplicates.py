@@ -59,7 +59,7 @@ def print_duplicates(found: Duplicates, summary: dict[str, Any], as_json: bool) 
 
     shown = ROWS_IN_JSON if as_json else ROWS_SHOWN
     rows = found.rows.slice(0, shown).to_pylist()
-    if not as_json:
+    if rows and not as_json:
         columns = ("group", "kind", "cosine", "key", "shard", "index", "label")
         print_table("", columns, [[row[name] for name in columns] for row in rows])
     if len(found.rows) > shown:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from engine.duplicates.cells import cells_of, num_cells
+from engine.duplicates.cells import CELLS_OF_A_ROW, cells_of, num_cells
 from engine.duplicates.unit_rows import UnitRows
 from engine.errors import AlreadyExists, RecipeError
 from engine.representatives import NearPairs, Representatives, of_unit_length
@@ -104,7 +104,8 @@ def find_duplicates(
             hangs on the network, its input size and the images.
         scratch: folder for as many bytes as the table's embeddings have as float32; None: the system's for temporary
             files.
-        report: told what is done ("parts" or "images"), how many of them, how many in all.
+        report: told what is done ("parts" or "images"), how many of them, how many in all; in cells an image comes
+            several times.
 
     Raises:
         RecipeError: the threshold is not above 0 and at most 1, or there is no such folder.
@@ -118,8 +119,9 @@ def find_duplicates(
             wanted="above 0, at most 1",
         )
     width = int(table.record["width"])
-    half = 2 if table.record["contract"].get("output.dtype") == "float16" else 1
-    with UnitRows(width, half * sum(info.size for _, info in table.parts), scratch) as units:
+    times_larger = 2 if table.record["contract"].get("output.dtype") == "float16" else 1  # as float32
+    num_bytes = times_larger * sum(info.size for _, info in table.parts)
+    with UnitRows(width, num_bytes, scratch) as units:
         read = _read(table, units, report)
         order_N = np.argsort(-read.pixels_N, kind="stable")  # the rank of each row: place in this order
         first_N = _first_of_same_bytes(read.digests_N4[order_N])  # for each rank, the first with these bytes
@@ -284,6 +286,7 @@ class _Nearness:
         whole = iter([np.arange(count)])
         cells = whole if self.cells == 1 else cells_of(self._units, self._numbers_U, self._random)
         done, found = 0, []
+        total = count * min(self.cells, CELLS_OF_A_ROW)
         for cell in cells:
             representatives = Representatives(self._threshold)
             for begin in range(0, len(cell), BLOCK_ROWS):
@@ -291,7 +294,7 @@ class _Nearness:
                 pairs = representatives.take(self._units.read(self._numbers_U[block]))
                 found.append(NearPairs(cell[pairs.rows], cell[pairs.representatives], pairs.cosines))
                 done += len(block)
-                self._report("images", done, count)
+                self._report("images", done, total)
         return NearPairs.joined(found)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.browser.conftest import Open
 
 from engine.report.night import render_night
+from tests.browser.conftest import Open
 from tests.report.night_documents import documents, earlier_nights, failed, held, published
 
 WIDTHS_PX = (1100, 400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.duplicates import (
     DUPLICATES_SCHEMA,
+    THRESHOLD,
     find,
     find_duplicates,
     require_duplicates_uri,
@@ -21,6 +23,7 @@ from engine.duplicates import (
 from engine.errors import AlreadyExists, RecipeError, StorageError
 from engine.storage import StorageConfig, open_store
 from engine.tables import Table, open_table
+from jobs.cli import duplicates
 from tests.embedding_tables import claim_embeddings, write_part, write_table
 
 WIDTH = 48
@@ -243,6 +246,10 @@ def test_a_disk_without_room_is_refused_before_a_part_is_read(
     assert reports == []
     with pytest.raises(RecipeError, match="no such folder"):
         find_duplicates(table, scratch=tmp_path / "absent")
+
+
+def test_the_command_has_the_default_of_the_function() -> None:
+    assert inspect.signature(duplicates).parameters["threshold"].default == THRESHOLD
 
 
 def test_nothing_is_left_in_the_scratch_folder(tmp_path: Path) -> None:
