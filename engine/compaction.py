@@ -10,6 +10,7 @@ Shape letters: N rows, D embedding width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -33,6 +34,7 @@ from engine.tables import Table, embeddings_matrix, parquet_options
 
 RECORD = "_compaction.json"  # written first as unfinished, and again when the copy is whole
 FILE_BYTES = 512 << 20
+MOST_FILE_BYTES = 4 << 30  # S3 takes 5 GiB in one PUT
 RUN_BYTES = 256 << 20  # of rows that are sorted at once
 GROUP_BYTES = 64 << 20  # of a row group
 GROUP_ROWS = 122_880  # likewise: DuckDB's own default
@@ -91,18 +93,24 @@ def compact_table(
         report: told the step, how much of it is done, and of how much.
 
     Raises:
-        RecipeError: the target is in the table.
+        RecipeError: the target is in the table, or files would be too large.
         AlreadyExists: there is something at the target.
         TableDamaged: the table has no parts, one cannot be read, or the copy is not what was read.
         StorageError: there is no room, or the store refuses.
     """
+    if not 0 < file_bytes <= MOST_FILE_BYTES:
+        raise RecipeError(
+            "file size: a file is made in memory and written in one request",
+            found=f"{file_bytes:,} bytes",
+            wanted=f"1 to {MOST_FILE_BYTES:,}",
+        )
     _require_apart(table, target)
     table.column_names()  # refuses a table without parts
     size = sum(info.size for _, info in table.parts)
     _claim(table, target)
-    with tempfile.TemporaryDirectory(prefix="engine-compact-", dir=scratch) as folder:
-        _require_room(Path(folder), size)
-        runs, source = _sorted_runs(table, Path(folder), report)
+    with _scratch_folder(scratch) as folder:
+        _require_room(folder, size)
+        runs, source = _sorted_runs(table, folder, report)
         num_files = max(1, -(-size // file_bytes))
         written = list(_write_files(runs, target, num_files, report))
     copy = _read_again(target, written, report)
@@ -171,6 +179,22 @@ def _state_of(record: bytes) -> str | None:
     except (ValueError, KeyError, TypeError):
         return None
     return state
+
+
+@contextlib.contextmanager
+def _scratch_folder(within: Path | None) -> Iterator[Path]:
+    """A folder of this machine for the runs, which goes with them; what its disk refuses is told in our words."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="engine-compact-", dir=within) as folder:
+            yield Path(folder)
+    except OSError as error:
+        found = f"{type(error).__name__}: {error.strerror or error}"
+        raise StorageError(
+            f"cannot sort on {within or tempfile.gettempdir()}",
+            found=found,
+            wanted="a folder of this machine with room for the whole table",
+            way_out="name another: --scratch FOLDER",
+        ) from error
 
 
 def _require_room(folder: Path, wanted: int) -> None:

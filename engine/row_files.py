@@ -37,6 +37,16 @@ def require_new(path: Path, overwrite: bool = False) -> None:
         raise ObjectNotFound(f"{path}: no folder to write it into", way_out="make the folder first")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it lies in, if it is not there.
+
+    Raises:
+        StorageError: the disk refuses, or a file has that name.
+    """
+    with _own_words(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which gets its name only after the block has ended well, and its bytes are on the disk.
@@ -45,7 +55,7 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
         AlreadyExists: somebody has made a file of that name since.
         StorageError: the disk refuses.
     """
-    try:
+    with _own_words(path):
         handle, temporary = tempfile.mkstemp(prefix=".engine-", suffix=".tmp", dir=path.absolute().parent)
         try:
             with open(handle, "wb") as file:
@@ -62,15 +72,20 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _own_words(path: Path) -> Iterator[None]:
+    """Say what the disk refused in the words of `engine.errors`."""
+    try:
+        yield
     except FileExistsError:
-        raise AlreadyExists(
-            f"{path}: there is a file now", way_out="name another, or say --overwrite"
-        ) from None
+        way_out = "name another, or say --overwrite"
+        raise AlreadyExists(f"{path}: there is a file now", way_out=way_out) from None
     except OSError as error:
         found = f"{type(error).__name__}: {error.strerror or error}"
-        raise StorageError(
-            f"cannot write {path}", found=found, way_out="check the disk: space, mount, rights"
-        ) from error
+        way_out = "check the disk: space, mount, rights"
+        raise StorageError(f"cannot write {path}", found=found, way_out=way_out) from error
 
 
 def write_parquet(file: BinaryIO, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:

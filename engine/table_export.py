@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from engine.errors import ContractMismatch, TableDamaged
 from engine.parts import PartName
-from engine.row_files import require_new, whole_file, write_csv, write_parquet
+from engine.row_files import make_folder, require_new, whole_file, write_csv, write_parquet
 from engine.storage import ObjectInfo
 from engine.storage.object_file import object_file
 from engine.tables import READ_THREADS, Table, embeddings_matrix, read_part
@@ -65,7 +65,8 @@ def export_arrays(
 
     Raises:
         ContractMismatch: it is no embedding table.
-        AlreadyExists: there is a file of one of these names.
+        AlreadyExists: there is a file of one of these names, or of the folder's.
+        StorageError: the disk refuses.
         TableDamaged: a part cannot be read, or its rows are not in the order of their shard.
     """
     if table.record["kind"] != "embeddings":
@@ -75,7 +76,7 @@ def export_arrays(
             wanted="an embedding table",
             way_out="export it with --to csv",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     array_path, rows_path = folder / EMBEDDINGS_FILE, folder / ROWS_FILE
     for path in (array_path, rows_path):
         require_new(path, overwrite)

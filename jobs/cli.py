@@ -649,6 +649,10 @@ def export(  # noqa: PLR0913, PLR0917 (each is an option)
         raise typer.BadParameter(f"{source} is a bundle: --to is for tables")
     if (embeddings and to is not TableForm.CSV) or (overwrite and to is None):
         raise typer.BadParameter("--embeddings belongs to --to csv, --overwrite to --to npy or csv")
+    if to is not None and "://" in target:
+        raise typer.BadParameter(
+            f"{target}: an export is written on this machine's disk; `engine compact` writes to S3"
+        )
     if to is None:
         _export_bundle(store, open_store(target, storage), as_json)
     else:

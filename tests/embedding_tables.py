@@ -16,7 +16,14 @@ from engine.heads.kinds import LinearHeadConfig, MlpHeadConfig, build_head
 from engine.parts import part_name
 from engine.schema import SCHEMA_VERSION, embeddings_schema, rejects_schema
 from engine.storage import Store, open_store
-from engine.tables import EmbeddingPartFacts, claim_table, write_embedding_part
+from engine.tables import (
+    EmbeddingPartFacts,
+    claim_table,
+    open_table,
+    read_embedding_facts,
+    read_part,
+    write_embedding_part,
+)
 
 FINGERPRINT = "f" * 64
 IDENTITY = "etag:0:1"
@@ -87,6 +94,16 @@ def write_table(folder: Path, shards: dict[str, NDArray[np.float32]], rows_per_p
             rows_ND = embeddings_ND[start : start + rows_per_part]
             write_part(store, shard, number, number == len(starts) - 1, start, rows_ND)
     return store
+
+
+def store_in_half_precision(store: Store) -> None:
+    """Rewrite every part of a table with float16 embeddings."""
+    for name, info in open_table(store).parts:
+        rows = read_part(store, info)
+        schema = embeddings_schema(rows.schema.field("embedding").type.list_size, "float16")
+        facts = read_embedding_facts(store, name)
+        rejects = rejects_schema(keep_bytes=False).empty_table()
+        write_embedding_part(store, name, rows.cast(schema), rejects, facts)
 
 
 def publish_linear(

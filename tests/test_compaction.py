@@ -19,7 +19,7 @@ from engine.errors import AlreadyExists, RecipeError, StorageError, TableDamaged
 from engine.storage import StorageConfig, Store, open_store
 from engine.tables import Table, open_any_table, open_table, read_part
 from jobs.cli import main
-from tests.embedding_tables import claim_embeddings, write_table
+from tests.embedding_tables import claim_embeddings, store_in_half_precision, write_table
 from tests.prediction_tables import write_predictions
 
 
@@ -85,6 +85,15 @@ def test_small_tables_become_one_file_and_predictions_too(embeddings: Store, tmp
     done = compact_table(table, open_store(str(tmp_path / "copy")))
     assert (done.files, done.rows, done.kind) == (1, 621, "predictions")
     assert pq.read_table(tmp_path / "copy" / "rows-00000.parquet").equals(sorted_rows(table))
+
+
+@pytest.mark.usefixtures("small_runs")
+def test_embeddings_in_half_precision_stay_what_they_are(embeddings: Store, tmp_path: Path) -> None:
+    store_in_half_precision(embeddings)
+    compact_table(open_table(embeddings), open_store(str(tmp_path / "copy")))
+    copy = pq.read_table(tmp_path / "copy" / "rows-00000.parquet")
+    assert copy.schema.field("embedding").type.value_type == pa.float16()
+    assert copy.equals(sorted_rows(open_table(embeddings)))
 
 
 @pytest.mark.usefixtures("small_runs")
@@ -177,10 +186,14 @@ def test_interrupted_work_is_begun_again_but_not_that_on_another_table(
     assert sorted(target.names()) == ["_compaction.json", "rows-00000.parquet"]
 
 
-def test_a_copy_in_the_table_and_a_table_without_parts_are_refused(embeddings: Store, tmp_path: Path) -> None:
+def test_a_copy_in_the_table_files_too_large_and_a_table_without_parts_are_refused(
+    embeddings: Store, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match="lies in the table"):
         compact_table(open_table(embeddings), embeddings.sub("copy"))
     assert not Path(embeddings.uri, "copy").exists()
+    with pytest.raises(RecipeError, match="written in one request"):
+        compact_table(open_table(embeddings), open_store(str(tmp_path / "copy")), 5 << 30)
     empty = open_store(str(tmp_path / "empty"))
     claim_embeddings(empty, 3, 4)
     with pytest.raises(TableDamaged, match="no parts yet"):
@@ -196,6 +209,8 @@ def test_a_disk_without_room_is_told_before_anything_is_read(
     with pytest.raises(StorageError, match="no room to sort the table") as refused:
         compact_table(open_table(embeddings), open_store(str(tmp_path / "copy")))
     assert "--scratch" in str(refused.value)
+    with pytest.raises(StorageError, match="cannot sort on .*absent"):
+        compact_table(open_table(embeddings), open_store(str(tmp_path / "copy")), scratch=tmp_path / "absent")
 
 
 def test_a_table_in_a_bucket_is_copied_within_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,15 @@ from engine.parts import part_name
 from engine.schema import embeddings_schema, rejects_schema
 from engine.sql import TableViews, open_views
 from engine.storage import StorageConfig, Store, open_store
-from engine.tables import EmbeddingPartFacts, open_table, read_part, write_embedding_part
+from engine.tables import EmbeddingPartFacts, claim_table, open_table, read_part, write_embedding_part
 from jobs.cli import main
-from tests.embedding_tables import FINGERPRINT, IDENTITY, claim_embeddings, write_part, write_table
+from tests.embedding_tables import (
+    FINGERPRINT,
+    IDENTITY,
+    claim_embeddings,
+    store_in_half_precision,
+    write_table,
+)
 from tests.prediction_tables import write_predictions
 
 KEYS = [f"a/one.tar-{index:08d}" for index in range(7)] + [f"b.tar-{index:08d}" for index in range(5)]
@@ -159,8 +166,12 @@ def test_predictions_without_their_embeddings_are_shown_and_a_note_says_so(
     [
         ("COPY (SELECT 1) TO '{path}'", "COPY"),
         ("EXPLAIN ANALYZE COPY (SELECT 1) TO '{path}'", "COPY"),
+        ("--explain\nEXPLAIN ANALYZE CREATE TABLE made AS\nSELECT 1", "CREATE|EXPLAIN"),
         ("SELECT 1; COPY (SELECT 1) TO '{path}'", "SELECT, COPY"),
-        ("COPY (PIVOT (SELECT 1 a, 2 b) ON a USING sum(b)) TO '{path}'", "MULTI"),
+        (
+            "COPY (PIVOT (SELECT 1 a, 2 b) ON a USING sum(b)) TO '{path}'",
+            "MULTI|CREATE, COPY",
+        ),  # the second in DuckDB 1.5
         ("ATTACH '{path}' AS other", "ATTACH"),
         ("CREATE TABLE made AS SELECT 1", "CREATE"),
         ("SET temp_directory = '{path}'", "SET"),
@@ -174,7 +185,7 @@ def test_statements_that_write_are_refused_by_their_kind(
     path = tmp_path / "written.csv"
     with open_views([embeddings.uri]) as views, pytest.raises(RecipeError) as refused:
         views.select(sql.format(path=path))
-    assert refused.value.found == found
+    assert re.fullmatch(found, str(refused.value.found))
     assert not path.exists()
 
 
@@ -199,18 +210,28 @@ def test_a_part_that_was_rewritten_meanwhile_is_our_own_error(embeddings: Store)
             views.select("SELECT max(key) FROM embeddings").read_all()
 
 
-def test_embeddings_in_half_precision_are_read_as_numbers(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path / "half"))
-    claim_embeddings(store, 3, 4)
-    write_part(store, "a.tar", 0, True, 0, numbers(4))
-    (_, info), *_ = open_table(store).parts
-    whole = read_part(store, info)
-    halves = whole["embedding"].combine_chunks().cast(pa.list_(pa.float16(), 3))
-    place = whole.schema.get_field_index("embedding")
-    pq.write_table(whole.set_column(place, "embedding", halves), Path(store.uri, info.path))
+def test_embeddings_in_half_precision_are_read_as_numbers(embeddings: Store) -> None:
+    store_in_half_precision(embeddings)
+    with open_views([embeddings.uri]) as views:
+        found = rows_of(views, "SELECT embedding FROM embeddings WHERE shard = 'b.tar' ORDER BY index")
+    halves_ND = numbers(5, seed=1).astype(np.float16)
+    np.testing.assert_array_equal(np.array([row[0] for row in found]), halves_ND)
+
+
+def test_predictions_straight_from_images_have_rejects_of_their_own(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "labels"))
+    contract = {"source.uri": "/made", "source.kind": "webdataset", "top_k": 3}
+    claim_table(
+        store, {"kind": "predictions", "schema_version": 1, "contract": contract, "source_uri": "/made"}
+    )
     with open_views([store.uri]) as views:
-        found = rows_of(views, "SELECT embedding FROM embeddings ORDER BY index")
-    np.testing.assert_array_equal(np.array([row[0] for row in found]), numbers(4).astype(np.float16))
+        assert {name: view.uri for name, view in views.views.items()} == {
+            "predictions": store.uri,
+            "rejects": store.uri,
+        }
+        assert rows_of(views, "SELECT top_labels, error FROM predictions JOIN rejects USING (key)") == []
+    with open_views([f"night={store.uri}"]) as views:
+        assert set(views.views) == {"night", "night_rejects"}
 
 
 def test_no_table_is_told_like_everywhere(tmp_path: Path) -> None:

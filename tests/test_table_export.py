@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from engine.errors import AlreadyExists, ContractMismatch, TableDamaged
+from engine.errors import AlreadyExists, ContractMismatch, ObjectNotFound, TableDamaged
 from engine.storage import Store, open_store
 from engine.table_export import export_arrays, export_csv
 from engine.tables import open_any_table, open_table
 from jobs.cli import main
-from tests.embedding_tables import claim_embeddings, write_table
+from tests.embedding_tables import claim_embeddings, store_in_half_precision, write_table
 from tests.prediction_tables import write_predictions
 
 
@@ -55,6 +55,19 @@ def test_the_array_and_its_rows_are_in_the_order_of_shard_and_index(
     assert done.bytes_written == sum((tmp_path / "out" / name).stat().st_size for name in files)
 
 
+def test_an_array_has_the_precision_of_its_table(embeddings: Store, tmp_path: Path) -> None:
+    store_in_half_precision(embeddings)
+    export_arrays(open_table(embeddings), tmp_path / "out")
+    array_ND = np.load(tmp_path / "out" / "embeddings.npy")
+    assert array_ND.dtype == np.float16
+    wanted_ND = np.concatenate([SHARDS[shard] for shard in ORDER]).astype(np.float16)
+    np.testing.assert_array_equal(array_ND, wanted_ND)
+    export_csv(open_table(embeddings), tmp_path / "rows.csv", with_embeddings=True)
+    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        found_ND = np.array([json.loads(row["embedding"]) for row in csv.DictReader(file)], np.float16)
+    np.testing.assert_array_equal(found_ND, wanted_ND)
+
+
 def test_an_export_is_replaced_only_when_asked(embeddings: Store, tmp_path: Path) -> None:
     table, folder = open_table(embeddings), tmp_path / "out"
     export_arrays(table, folder)
@@ -68,6 +81,14 @@ def test_an_export_is_replaced_only_when_asked(embeddings: Store, tmp_path: Path
     np.testing.assert_array_equal(np.load(folder / "embeddings.npy"), numbers(2, seed=9))
     assert pq.read_metadata(folder / "rows.parquet").num_rows == 2
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_where_the_folder_should_be_is_told(embeddings: Store, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(AlreadyExists, match="out: there is a file now"):
+        export_arrays(open_table(embeddings), tmp_path / "out")
+    with pytest.raises(ObjectNotFound, match="no folder to write it into"):
+        export_csv(open_table(embeddings), tmp_path / "absent" / "rows.csv")
 
 
 def test_a_damaged_part_leaves_no_half_a_file(embeddings: Store, tmp_path: Path) -> None:
@@ -141,6 +162,8 @@ def test_the_command_looks_at_the_uri_for_what_it_exports(
     assert (summary["rows"], summary["width"], summary["kind"]) == (14, 3, "embeddings")
     assert summary["files"] == [str(out / "embeddings.npy"), str(out / "rows.parquet")]
     assert main(["export", embeddings.uri, str(out), "--to", "npy", "--embeddings"]) == 2
+    assert main(["export", embeddings.uri, "s3://bucket/out", "--to", "npy"]) == 2
+    assert "on this machine's disk" in " ".join(capsys.readouterr().err.split())
     assert main(["export", str(tmp_path / "absent"), str(out / "rows.csv"), "--to", "csv"]) == 1
     assert "no embeddings table here" in capsys.readouterr().err
     (tmp_path / "bundle").mkdir()
