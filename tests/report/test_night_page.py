@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.report.night import render_night
+from engine.report.night import FOLDER, render_night
 from tests.report.night_documents import (
     EDGES,
     NIGHT,
@@ -377,9 +377,11 @@ def test_links_lead_somewhere_tables_have_captions_and_all_can_be_reached_by_key
 def test_every_colour_is_set_for_light_dark_and_print() -> None:
     page = render_night(documents(held()))
     style = page[: page.index("</style>")]
-    for name in set(re.findall(r"var\((--[\w-]+)", page)) - {"--share"}:
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    own = (FOLDER / "night.css").read_text(encoding="utf-8")
+    for name in set(re.findall(r"var\((--[\w-]+)", own + "".join(plots))) - {"--share"}:
         assert style.count(f"{name}:") == 3, name
-    for plot in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+    for plot in plots:
         assert not re.findall(r"#[0-9a-fA-F]{6}\b|rgb\(", plot), "a colour that does not know dark from light"
 
 
