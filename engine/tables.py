@@ -570,7 +570,8 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
     is_whole = columns is None or "embedding" in columns or info.size <= _READ_AT_ONCE_BYTES
     content = store.read(info.path, expected=info) if is_whole else None
     try:
-        file = pq.ParquetFile(object_file(store, info) if content is None else pa.BufferReader(content))
+        source = object_file(store, info) if content is None else pa.BufferReader(content)
+        file = pq.ParquetFile(source, pre_buffer=False)  # as `_read_here` says, and there is nothing to wait for
         absent = sorted(set(columns or ()) - set(file.schema_arrow.names))
         if absent:
             raise TableDamaged(

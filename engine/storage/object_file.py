@@ -29,7 +29,7 @@ def object_file(store: Store, info: ObjectInfo) -> ObjectFile:
 
 @final
 class ObjectFile(io.RawIOBase):
-    """For one thread at a time; each read before the end is a request.
+    """For one thread at a time; a read before the end is a request, unless what was read last has it.
 
     Args:
         size: of the object in bytes.
@@ -62,8 +62,8 @@ class ObjectFile(io.RawIOBase):
         if begin >= self._end_from:
             chunk = self._end[begin - self._end_from : begin - self._end_from + size]
         else:
-            chunk = self._block = self._continued(begin, size)
-            self._block_from = begin
+            self._cover(begin, size)
+            chunk = self._block[begin - self._block_from : begin - self._block_from + size]
         self._position = begin + len(chunk)
         return chunk
 
@@ -73,14 +73,17 @@ class ObjectFile(io.RawIOBase):
         target[: len(chunk)] = chunk
         return len(chunk)
 
-    def _continued(self, begin: int, size: int) -> bytes:
-        """Bytes from `begin` on, without asking again for those that were read last.
+    def _cover(self, begin: int, size: int) -> None:
+        """Have these bytes in the block, without asking again for those that are in it, and for many at once: small
+        columns that stand together come in one request.
 
         DuckDB 2.0 reads a page's header with up to 1,000,000 bytes behind it, and then the page.
         """
         skipped = begin - self._block_from
-        known = self._block[skipped : skipped + size] if 0 <= skipped < len(self._block) else b""
-        return known if len(known) == size else known + self._fetch(begin + len(known), size - len(known))
+        known = self._block[skipped:] if 0 <= skipped < len(self._block) else b""
+        if len(known) < size:
+            missing = min(max(size - len(known), _END_BYTES), self._size - begin - len(known))
+            self._block, self._block_from = known + self._fetch(begin + len(known), missing), begin
 
     @cached_property
     def _end(self) -> bytes:
