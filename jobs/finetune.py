@@ -213,7 +213,7 @@ def finetune_on_worker(
     reading = {"phase": "reading", "epoch": 0, "epochs": recipe.training.epochs}
     with (
         contextlib.closing(run_read(_job(recipe), groups, readers)) as rows,
-        warnings_of("engine.training", "engine.finetuning") as notes,
+        warnings_of("engine.training", "engine.finetuning", "engine.heads") as notes,
         collect_images(
             _told(rows, lambda: report(reading)),
             shards,

@@ -136,7 +136,7 @@ def fit_on_worker(
 
     table = open_table(open_store(recipe.embeddings.uri, recipe.storage))
     bundle_store = open_store(recipe.output.uri, recipe.storage)
-    with warnings_of("engine.training", "engine.pictures") as notes:
+    with warnings_of("engine.training", "engine.pictures", "engine.heads") as notes:
         summary = fit_head(
             table.read(columns),
             table.record,

@@ -498,8 +498,8 @@ def _to_look_at(table: Store, embeddings: Store, tonight: Sequence[Held], found:
             "rejects_found": rejects_of(embeddings, found.parts_with_rejects),
             "doubtful": doubtful_rows(table, tonight),
         }
-    except EngineError as error:
-        say(f"the night's page goes without rows to look at: {error.thing}", logging.WARNING)
+    except Exception as error:  # noqa: BLE001 (the night is judged whether or not its page has rows)
+        say(f"the night's page goes without rows to look at: {_said(error)}", logging.WARNING)
         return {}
 
 
@@ -581,11 +581,14 @@ def _write_page(table: Store, kept: Mapping[str, Any]) -> str | None:
     try:
         uri = f"{table.uri}/{write_page(table, kept)}"
     except Exception as error:  # noqa: BLE001 (whatever is wrong with a page, the night has ended as it has)
-        said = error.thing if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-        say(f"the night has no page in {table.uri}: {said}", logging.WARNING)
+        say(f"the night has no page in {table.uri}: {_said(error)}", logging.WARNING)
         return None
     say(f"page of the night: {uri}")
     return uri
+
+
+def _said(error: Exception) -> str:
+    return error.thing if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
 
 
 def _keep_failed(recipe: NightlyRecipe, this_night: _Night, error: BaseException) -> None:

@@ -36,7 +36,7 @@ from engine.finetuning.refusals import require_budget, require_own_head
 from engine.finetuning.shown import shown_of_images
 from engine.finetuning.step import Classifier, compile_embed, compile_step, with_loss_scale
 from engine.finetuning.unfreeze import Unfrozen, unfreeze
-from engine.heads.bundle import REPORT, Bundle, TrainedHead, publish_bundle
+from engine.heads.bundle import Bundle, TrainedHead, for_people, publish_bundle, report_uri
 from engine.heads.kinds import open_head
 from engine.images import DECODE_VERSION
 from engine.report.page import render_report
@@ -165,13 +165,24 @@ def finetune_backbone(
         "placement": "everywhere" if images.are_everywhere else "split",
         "rows_per_worker": rows.rows_per_worker(workers.count),
     }
+
+    def shown() -> Mapping[str, Mapping[str, Any]]:
+        return shown_of_images(
+            rows,
+            verdict.metrics,
+            targets.gallery(after, rows_of, names, verdict),
+            embedding_map(judged[split], np.arange(len(rows_of[split])), targets.array[rows_of[split]]),
+            settings,
+        )
+
     record: Mapping[str, Any] | None = None
+    page: str | None = None
     if publishes:
         record = publish_backbone(bundle_store, reference, storage)
         trained = TrainedHead(
             first.config, first.network, targets.names, settings.task, verdict.calibration, verdict.thresholds
         )
-        publish_bundle(
+        published = publish_bundle(
             bundle_store,
             trained,
             table_record=record,
@@ -188,20 +199,15 @@ def finetune_backbone(
                 },
             },
             recipe=settings.model_dump(mode="json"),
-            shown=shown_of_images(
-                rows,
-                verdict.metrics,
-                targets.gallery(after, rows_of, names, verdict),
-                embedding_map(judged[split], np.arange(len(rows_of[split])), targets.array[rows_of[split]]),
-                settings,
-            ),
+            shown=for_people("gallery, map and pictures of the report", shown),
             reference=memory,
             report=render_report,
         )
+        page = report_uri(published)
     checkpoints.clear()
     summary = FinetuneSummary(
         bundle=bundle_store.uri if record else None,
-        report=f"{bundle_store.uri}/{REPORT}" if record else None,
+        report=page,
         fingerprint=record["fingerprint"] if record else None,
         backbone=record["backbone"] if record else None,
         rows=sum(len(some) for some in rows_of.values()),

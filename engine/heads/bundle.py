@@ -32,19 +32,20 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from engine.config import Config, stable_hash
-from engine.errors import BundleError, ContractMismatch, ObjectNotFound
+from engine.errors import BundleError, ContractMismatch, EngineError, ObjectNotFound
 from engine.heads.base import AffineMap
 from engine.heads.confidence import Calibration
 from engine.heads.kinds import (
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 
     from engine.heads.side_features import SideEncoder
 
+log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 Task = Literal["single_label", "multi_label"]
 BUNDLE_SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "bundle.json"
@@ -298,7 +301,8 @@ def publish_bundle(  # noqa: PLR0913
         suspects: for suspects.json; None: no such file.
         reference: for reference.npz, which is no part of the bundle's id; None: no such file.
         shown: further documents for the report, by role: `gallery` for gallery.json.
-        report: makes report.html of what `Bundle.documents()` will be; None: none is written.
+        report: makes report.html of what `Bundle.documents()` will be; None: none is written. Where it fails there is a
+            warning, and no page.
 
     Raises:
         StorageError: a file could not be written; a bundle that was there before is still whole.
@@ -340,8 +344,21 @@ def publish_bundle(  # noqa: PLR0913
         store.delete(path)
     bundle = Bundle(_bundle_id(manifest), manifest, store)
     if report is not None:
-        store.write(REPORT, report(_documents(bundle, contents)).encode())
+        make = report  # mypy forgets within a lambda that it is there
+        page = for_people(REPORT, lambda: make(_documents(bundle, contents)).encode())
+        if page is not None:
+            store.write(REPORT, page)
     return bundle
+
+
+def for_people(what: str, make: Callable[[], Made]) -> Made | None:
+    """What only people look at; None, and a warning, where it cannot be made: a bundle is as good without it."""
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 (hours of training are not lost for a page, whatever is wrong with it)
+        said = error.thing if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        log.warning("%s could not be made: %s", what, said)
+        return None
 
 
 def report_uri(bundle: Bundle) -> str | None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engine import __version__
 from engine.config import canonical_json
 from engine.errors import EngineError, LabelError
-from engine.heads.bundle import REPORT, TrainedHead, publish_bundle
+from engine.heads.bundle import TrainedHead, for_people, publish_bundle, report_uri
 from engine.heads.kinds import open_head
 from engine.heads.network import Logits, compile_logits
 from engine.heads.reference import Reference, given_classes
@@ -55,7 +55,7 @@ class FitSummary(TypedDict):
     """What a fit says about itself in `--json`; metrics.json in the bundle says everything."""
 
     bundle: str  # URI of the bundle
-    report: str  # URI of the page about it
+    report: str | None  # URI of the page about it; None: it could not be made
     rows: int  # labelled rows that were used, all splits together
     classes: int  # number of classes
     metrics: dict[str, dict[str, float] | None]  # validation, test: a few figures; None where it has no rows
@@ -170,9 +170,15 @@ def fit_head(  # noqa: PLR0913
     logits = compile_logits(network)
     judged = {name: logits(embeddings_ND, rows_of[name]) for name in JUDGED}
     verdict = targets.judge(judged, rows_of, names, settings.calibration)
-    gallery = targets.gallery(judged, rows_of, names, verdict)
-    usable = np.sort(np.concatenate(list(rows_of.values())))
-    plane = embedding_map(embeddings_ND[:, :width], usable, targets.array)
+
+    def shown() -> dict[str, Mapping[str, Any]]:
+        gallery = targets.gallery(judged, rows_of, names, verdict)
+        usable = np.sort(np.concatenate(list(rows_of.values())))
+        plane = embedding_map(embeddings_ND[:, :width], usable, targets.array)
+        wanted = wanted_pictures(verdict.metrics, suspects, gallery)
+        seen = for_people("pictures of the report", lambda: look(wanted)) if look else None
+        return {"gallery": gallery, **({"embedding_map": plane} if plane else {}), **(seen or {})}
+
     bundle = publish_bundle(
         bundle_store,
         TrainedHead(
@@ -194,18 +200,14 @@ def fit_head(  # noqa: PLR0913
         },
         recipe=settings.model_dump(mode="json"),
         suspects=suspects,
-        shown={
-            "gallery": gallery,
-            **({"embedding_map": plane} if plane else {}),
-            **(look(wanted_pictures(verdict.metrics, suspects, gallery)) if look else {}),
-        },
+        shown=for_people("gallery and map of the report", shown),
         reference=_reference(embeddings_ND, width, targets, rows_of, logits, judged, verdict),
         report=render_report,
     )
     checkpoints.clear()
     return FitSummary(
         bundle=bundle.store.uri,
-        report=f"{bundle.store.uri}/{REPORT}",
+        report=report_uri(bundle),
         rows=sum(len(rows) for rows in rows_of.values()),
         classes=len(targets.names),
         metrics=targets.summary(verdict),

@@ -177,6 +177,31 @@ def test_a_fit_shows_rows_that_predict_the_same_and_asks_for_their_pictures(tmp_
     assert page == render_report(told) and "Pictures were not available: none." in page
 
 
+def test_a_fit_whose_pictures_cannot_be_read_publishes_its_bundle_and_its_page_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look(wanted: Sequence[SampleId]) -> dict[str, Any]:
+        raise OSError(f"no archive for {len(wanted) > 0}")
+
+    settings = {"strategy": {"kind": "one_device"}, "training": {"epochs": 1}}
+    store = open_store(str(tmp_path))
+    with caplog.at_level("WARNING", "engine.heads"):
+        summary = fit_head(
+            made_table(),
+            RECORD,
+            FitSettings.model_validate(settings),
+            StorageConfig(),
+            store,
+            lambda epoch: None,
+            look=look,
+        )
+    assert summary is not None and summary["report"] == f"{tmp_path}/report.html"
+    told = open_bundle(store).documents()
+    assert "pictures" not in told and told["gallery"]["rows"]
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_report(told)
+    assert "pictures of the report could not be made: OSError: no archive for True" in caplog.messages
+
+
 def test_a_bundle_remembers_the_rows_it_was_fitted_on(tmp_path: Path) -> None:
     table = made_table()
     side = ["wide" if row % 2 else "tall" for row in range(len(table))]
