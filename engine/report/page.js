@@ -20,12 +20,13 @@ function followSlider() {
   show();
 }
 
-function compare(one, other) {
+// Cells without a number come after those with one, whichever way the column is sorted.
+function compare(one, other, sign) {
   const numbers = [one, other].map((cell) => cell.dataset.value);
-  if (numbers[0] !== undefined && numbers[1] !== undefined) return Number(numbers[0]) - Number(numbers[1]);
+  if (numbers[0] !== undefined && numbers[1] !== undefined) return sign * (Number(numbers[0]) - Number(numbers[1]));
   if (numbers[0] !== undefined) return -1;
   if (numbers[1] !== undefined) return 1;
-  return one.textContent.localeCompare(other.textContent, undefined, { numeric: true });
+  return sign * one.textContent.localeCompare(other.textContent, undefined, { numeric: true });
 }
 
 function makeSortable(table) {
@@ -40,7 +41,7 @@ function makeSortable(table) {
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
       const rows = [...table.tBodies[0].rows];
-      rows.sort((one, other) => sign * compare(one.cells[column], other.cells[column]));
+      rows.sort((one, other) => compare(one.cells[column], other.cells[column], sign));
       table.tBodies[0].append(...rows);
     });
   });

@@ -136,6 +136,11 @@ def test_tables_are_sorted_by_keyboard(open_page: Open, report: Path) -> None:
     page.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "ascending"
     assert column(page, "classes", 1) == ["ant", "cat", "bee"], "0.9130, 0.9130, nothing"
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert column(page, "classes", 1)[-1] == "bee", "what has no figure stays last"
+    align = "cell => getComputedStyle(cell).textAlign"
+    assert head.evaluate(align) == page.locator("#classes tbody td").last.evaluate(align) == "right"
     page.keyboard.press("Tab")
     support = page.locator("#classes thead th", has_text="Rows").locator("button")
     support.focus()
