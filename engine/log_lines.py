@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from engine.errors import EngineError
 
+NEW_LINE = "\n"
 FOREIGN_LOGGER = "output"  # of what was printed by somebody else, of whom only the line is known
 LONGEST_FOREIGN_LINE = 64_000  # characters; collectors of container logs cut at 16 to 256 KiB
 
@@ -103,7 +104,18 @@ def print_error(error: EngineError) -> None:
     if _log is not None:
         _log.tell_error(error)
     else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {plain_text(str(error), keep=NEW_LINE)}", file=sys.stderr, flush=True)
+
+
+def plain_text(text: str, keep: str = "") -> str:
+    """Text with nothing that a terminal would obey: names, keys and labels come from strangers.
+
+    Args:
+        keep: characters that stay although they are not printable.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else repr(one)[1:-1] for one in text)
 
 
 class _LineHandler(logging.Handler):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from engine.errors import EXIT_DONE, BundleError, EngineError, Interrupted, RecipeError
-from engine.log_lines import LogContext, json_log, print_error
+from engine.log_lines import LogContext, json_log, plain_text, print_error
 from jobs.logs import json_logs, wants_json
 
 if TYPE_CHECKING:
@@ -1215,9 +1215,10 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             print(name)
             for step in value:  # of a lineage
-                print(f"  {step['what']:<{width}}{step['state']:<11} {step['uri'] or '-'}: {step['says']}")
+                line = f"  {step['what']:<{width}}{step['state']:<11} {step['uri'] or '-'}: {step['says']}"
+                print(plain_text(line))
         else:
-            print(f"{name:<{width}}  {_in_words(value)}")
+            print(plain_text(f"{name:<{width}}  {_in_words(value)}"))
 
 
 def _in_words(value: Any) -> str:

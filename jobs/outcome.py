@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from engine.errors import EngineError
-from engine.log_lines import JsonLog, json_log
+from engine.log_lines import NEW_LINE, JsonLog, json_log, plain_text
 from engine.run_metrics import RunMetrics
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,7 +78,7 @@ def say(text: str, level: int = logging.INFO, **fields: Any) -> None:
         log.tell(level, text, **fields)
         return
     prefix = f"{logging.getLevelName(level).lower()}: " if level >= logging.WARNING else ""
-    console.print(f"{prefix}{text}", markup=False)
+    console.print(f"{prefix}{plain_text(text, keep=NEW_LINE)}", markup=False)
 
 
 class Bar(Protocol):

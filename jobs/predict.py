@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engine.errors import ObjectNotFound, OverBudget, RecipeError
+from engine.log_lines import plain_text
 from engine.storage import StorageConfig, Store, open_store
 from jobs.outcome import Outcome, say
 
@@ -145,19 +146,19 @@ def print_answer(answer: Answer, console: Console) -> None:
     """One image: its name and label, then a line with a bar for each candidate."""
     from engine.prediction.classifier import ImageReject
 
-    name = _plain(answer.image)
+    name = plain_text(answer.image)
     if isinstance(answer, ImageReject):
         console.print(
-            Text.assemble((name, "bold"), ": ", (f"{answer.reason}: ", "red"), _plain(answer.message))
+            Text.assemble((name, "bold"), ": ", (f"{answer.reason}: ", "red"), plain_text(answer.message))
         )
         return
     console.print(Text.assemble((name, "bold"), ": ", *_verdict_in_words(answer)))
     given = set(answer.labels or ()) | ({answer.label} if answer.label is not None else set())
-    width = min(LABEL_COLUMNS, max(len(_plain(label)) for label, _ in answer.top))
+    width = min(LABEL_COLUMNS, max(len(plain_text(label)) for label, _ in answer.top))
     for label, confidence in answer.top:
         style = "green" if label in given else "dim"
         bar = _bar(confidence, console)
-        console.print(Text.assemble(f"  {_plain(label):<{width}}  {confidence:.3f}  ", (bar, style)))
+        console.print(Text.assemble(f"  {plain_text(label):<{width}}  {confidence:.3f}  ", (bar, style)))
 
 
 def _verdict_in_words(answer: ImagePrediction) -> list[str | tuple[str, str]]:
@@ -165,21 +166,16 @@ def _verdict_in_words(answer: ImagePrediction) -> list[str | tuple[str, str]]:
         best, confidence = answer.top[0]
         return [
             ("no label", "yellow"),
-            f": the best, {_plain(best)}, has {confidence:.3f}, and more was asked for",
+            f": the best, {plain_text(best)}, has {confidence:.3f}, and more was asked for",
         ]
     if answer.labels is not None:
-        return [(", ".join(map(_plain, answer.labels)), "bold green")]
-    return [(_plain(str(answer.label)), "bold green"), f" ({answer.confidence:.3f})"]
+        return [(", ".join(map(plain_text, answer.labels)), "bold green")]
+    return [(plain_text(str(answer.label)), "bold green"), f" ({answer.confidence:.3f})"]
 
 
 def _bar(share: float, console: Console) -> str:
     mark = "#" if console.options.ascii_only else "█"
     return mark * max(0, min(BAR_COLUMNS, round(share * BAR_COLUMNS)))
-
-
-def _plain(text: str) -> str:
-    """Names of files and labels may hold anything; a terminal would obey some of it."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _images(places: Sequence[str], storage: StorageConfig) -> Iterator[EncodedImage]:

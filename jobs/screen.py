@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engine.log_lines import plain_text
+
 WIDTH_OF_FILES = 200  # characters; on a terminal its own width
 
 
@@ -18,7 +20,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH_OF_FILES)
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(plain_text(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     is_number = [
         bool(rows) and all(isinstance(row[at], int | float) for row in rows) for at in range(len(columns))
     ]
@@ -30,7 +32,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def _cell(value: Any) -> Text:
-    """Never read as markup: keys and labels come from outside."""
+    """Never read as markup, nor obeyed by the terminal: keys and labels come from outside."""
     if value is None:
         return Text("")
-    return Text(f"{value:.4f}" if isinstance(value, float) else str(value))
+    return Text(f"{value:.4f}" if isinstance(value, float) else plain_text(str(value)))

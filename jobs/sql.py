@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from engine.log_lines import NEW_LINE, plain_text
 from engine.row_files import require_new, whole_file, write_csv, write_parquet
 from engine.sql import TableViews, open_views
 from engine.storage import StorageConfig
@@ -79,7 +80,7 @@ def _cost(views: TableViews, seconds: float) -> str:
 def _print_rows(found: pa.RecordBatchReader) -> None:
     rows = itertools.islice((row for batch in found for row in _rows_of(batch)), ROWS_SHOWN + 1)
     shown = list(rows)
-    table = Table(*(Column(Text(name)) for name in found.schema.names))
+    table = Table(*(Column(Text(plain_text(name))) for name in found.schema.names))
     for row in shown[:ROWS_SHOWN]:
         table.add_row(*(Text(_cell(value)) for value in row))
     console = Console()
@@ -108,7 +109,7 @@ def _cell(value: Any) -> str:
     elif isinstance(value, list):
         more = f", ... {len(value):,} in all" if len(value) > _ITEMS_SHOWN else ""
         return f"[{', '.join(map(_cell, value[:_ITEMS_SHOWN]))}{more}]"
-    text = str(value)
+    text = plain_text(str(value), keep=NEW_LINE)  # plans have several lines
     return text if len(text) <= _CHARACTERS_SHOWN or "\n" in text else f"{text[:_CHARACTERS_SHOWN]}..."
 
 

@@ -255,3 +255,12 @@ def test_rows_and_columns_of_a_table_are_told_while_they_can_be_read(tmp_path: P
     (first, *_) = store.names("data/")
     store.write(first, b"no part at all")
     assert inspect_uri(store)["rows"] == f"DAMAGED: {tmp_path}/{first}: not a part of a table"
+
+
+def test_names_of_files_are_told_so_that_no_terminal_obeys_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "\x1b]0;mine\x07.bin").write_bytes(b"1")
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\\x1b]0;mine\\x07.bin" in out

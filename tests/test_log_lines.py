@@ -91,3 +91,10 @@ def test_what_anybody_prints_becomes_a_line_of_the_run() -> None:
     assert {(line["logger"], line["verb"], line["run_id"]) for line in found} == {
         ("output", CONTEXT.verb, CONTEXT.run_id)
     }
+
+
+def test_what_a_terminal_would_obey_is_spelled_out_in_messages_for_people(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_error(HeldBack("label '\x1b]0;mine\x07'", found="a\rb\nLINE 1: \udcff"))
+    assert capsys.readouterr().err == "error: label '\\x1b]0;mine\\x07'\n  found:   a\\rb\nLINE 1: \\udcff\n"

@@ -328,3 +328,10 @@ def test_another_file_can_be_joined_by_its_path(embeddings: Store, tmp_path: Pat
     with open_views([embeddings.uri]) as views:
         joined = f"SELECT key, answer FROM embeddings JOIN '{tmp_path}/answers.csv' USING (key)"
         assert rows_of(views, joined) == [("b.tar-00000002", "fox")]
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(
+    embeddings: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "sql", "SELECT chr(27) || '[2J' AS label", "--table", embeddings.uri)
+    assert code == 0 and "\x1b[2J" not in out and "\\x1b[2J" in out

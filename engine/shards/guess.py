@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from engine.errors import EngineError
+from engine.log_lines import plain_text
 from engine.shards.base import TABLE_COLUMNS
 from engine.shards.kinds import FilesSource, SourceConfig, WebDatasetSource
 from engine.shards.member_text import MemberText
@@ -222,8 +223,7 @@ def _image_words() -> frozenset[str]:
 
 def _shown(data: bytes) -> str:
     """The beginning of a text member, with nothing that a terminal would obey."""
-    text = data.decode("utf-8", "backslashreplace").strip()
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    text = plain_text(data.decode("utf-8", "backslashreplace").strip())
     return text if len(text) <= _TEXT_CHARACTERS else f"{text[:_TEXT_CHARACTERS]}..."
 
 
