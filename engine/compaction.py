@@ -244,7 +244,8 @@ def _read_again(target: Store, written: Sequence[ObjectInfo], report: Report) ->
     """
     total, before = RowSum(), None
     for done, info in enumerate(written, 1):
-        for batch in pq.ParquetFile(object_file(target, info)).iter_batches(_BATCH_ROWS):
+        # Without Arrow's own threads, which may outlive this process's end (`engine.tables.read_part`).
+        for batch in pq.ParquetFile(object_file(target, info)).iter_batches(_BATCH_ROWS, use_threads=False):
             rows = pa.Table.from_batches([batch])
             total += row_sum(rows)
             first, last = (_place_at(rows, row) for row in (0, rows.num_rows - 1))

@@ -185,6 +185,9 @@ def _the_row(table: Table, key: str | None, shard: str | None, index: int | None
             "a row is named by its key, or by its shard and index",
             found=", ".join(asked) or "none of them",
         )
+    said = ", ".join(f"{name} {value!r}" for name, value in asked.items())
+    if any(_is_of_no_row(value) for value in asked.values()):
+        raise _no_row(table, said)
     numbers = [
         number
         for number, (name, _) in enumerate(table.parts)
@@ -198,12 +201,8 @@ def _the_row(table: Table, key: str | None, shard: str | None, index: int | None
     ):
         several += len(rows)
         found += [(number, row, facts) for row, facts in rows[: ROWS_NAMED - len(found)]]
-    said = ", ".join(f"{name} {value!r}" for name, value in asked.items())
     if not found:
-        raise RecipeError(
-            f"{table.store.uri}: no row has {said}",
-            way_out="check the spelling; an image that was rejected has no row",
-        )
+        raise _no_row(table, said)
     if several > 1:
         shown = "; ".join(f"--shard {facts['shard']} --index {facts['index']}" for _, _, facts in found)
         more = f"; and {several - ROWS_NAMED:,} more" if several > ROWS_NAMED else ""
@@ -215,6 +214,24 @@ def _the_row(table: Table, key: str | None, shard: str | None, index: int | None
         )
     ((number, row, _),) = found
     return number, row
+
+
+def _is_of_no_row(value: str | int) -> bool:
+    """Whether a column could not hold it: text is UTF-8 there, and a number has 64 bits."""
+    if isinstance(value, int):
+        return not 0 <= value < 1 << 63
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _no_row(table: Table, said: str) -> RecipeError:
+    return RecipeError(
+        f"{table.store.uri}: no row has {said}",
+        way_out="check the spelling; an image that was rejected has no row",
+    )
 
 
 def _rows_named(part: pa.Table, asked: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:

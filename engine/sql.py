@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -168,7 +169,7 @@ class TableViews:
         """Run one SELECT (or DESCRIBE, SUMMARIZE, EXPLAIN of one); its rows come as they are read.
 
         Raises:
-            RecipeError: it is another statement, or several, or DuckDB cannot run it.
+            RecipeError: it is another statement, or several; two columns have one name; or DuckDB cannot run it.
             StorageError: a part cannot be read, also while rows are taken.
         """
         import duckdb
@@ -177,6 +178,7 @@ class TableViews:
         try:
             _require_select(sql)
             found = self.connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+            _require_names(found.schema)
             return pa.RecordBatchReader.from_batches(found.schema, self._batches(found))
         except duckdb.Error as error:
             raise self._explained(error) from None
@@ -256,6 +258,17 @@ def _require_select(sql: str) -> None:
             "tables are only read here",
             found=", ".join(kind.name for kind in kinds) or "no statement",
             wanted="one SELECT, DESCRIBE or SUMMARIZE, or EXPLAIN of one; a PIVOT with its values named: ON x IN (...)",
+        )
+
+
+def _require_names(schema: pa.Schema) -> None:
+    """Two columns of one name are one in JSON, and a Parquet file that cannot be read by name."""
+    twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
+    if twice:
+        raise RecipeError(
+            "two columns of the answer have one name",
+            found=", ".join(twice),
+            way_out="name them: SELECT p.label AS predicted, e.label AS given",
         )
 
 

@@ -94,7 +94,6 @@ def _print_rows(found: pa.RecordBatchReader) -> None:
 
 
 def _rows_of(batch: pa.RecordBatch) -> list[tuple[Any, ...]]:
-    """Not dictionaries: two columns may have one name."""
     return list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
 

@@ -157,6 +157,8 @@ def test_of_many_rows_with_one_key_twenty_are_named_and_all_are_counted(tmp_path
     [
         ({"key": "absent"}, "no row has key 'absent'"),
         ({"key": "a.tar-00000003", "shard": "b/c.tar"}, "no row has key 'a.tar-00000003', shard 'b/c.tar'"),
+        ({"key": "caf\udce9"}, "no row has key 'caf\\udce9'"),
+        ({"shard": "a.tar", "index": 10**20}, "no row has shard 'a.tar', index 100000000000000000000"),
         ({"shard": "a.tar", "index": 101}, "no row has shard 'a.tar', index 101"),
         ({"shard": "a.tar"}, "by its key, or by its shard and index"),
         ({}, "none of them"),

@@ -335,3 +335,19 @@ def test_what_a_terminal_would_obey_is_spelled_out(
 ) -> None:
     code, out, _ = run(capsys, "sql", "SELECT chr(27) || '[2J' AS label", "--table", embeddings.uri)
     assert code == 0 and "\x1b[2J" not in out and "\\x1b[2J" in out
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--parquet", "rows.parquet"), ("--csv", "rows.csv")])
+def test_two_columns_of_one_name_are_refused_and_none_is_lost(
+    form: tuple[str, ...],
+    embeddings: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    query = "SELECT a.key, b.key FROM embeddings a JOIN embeddings b ON a.index = b.index + 1"
+    code, out, err = run(capsys, "sql", query, "--table", embeddings.uri, *form)
+    assert (code, out) == (2, "") and "two columns of the answer have one name" in err
+    assert "found:   key\n" in err
+    assert not (tmp_path / form[-1]).is_file() if form[1:] else True
