@@ -30,8 +30,8 @@ from engine.tables import (
     RECORD_NAME,
     REJECTS_FOLDER,
     is_of_images,
-    is_read,
     part_names,
+    parts_to_read,
     rows_and_columns,
 )
 
@@ -169,8 +169,9 @@ def _inspect_table(store: Store) -> dict[str, Any]:
 
 def _rows_of(store: Store, progress: TableProgress, listed: Sequence[ObjectInfo]) -> dict[str, Any]:
     """Rows that readers see and the columns that they have, where that takes no more than a moment."""
-    names = [(parse_part_name(info.path), info) for info in listed]
-    read = [info for name, info in names if name is not None and is_read(progress, name)]
+    names = ((parse_part_name(info.path), info) for info in listed)
+    named = ((name, info) for name, info in names if name is not None and name.path16 in progress)
+    read = [info for _, info in parts_to_read(named, progress)]
     if not read or len(read) > FOOTERS_READ:
         return {}
     try:

@@ -43,12 +43,14 @@ class ExportedRows:
         rows: N.
         width: D; None where no embeddings were written.
         bytes_written: of all files.
+        incomplete_shards: of the table: shards whose end is not written yet.
     """
 
     files: tuple[str, ...]
     rows: int
     width: int | None
     bytes_written: int
+    incomplete_shards: int
 
 
 def export_arrays(
@@ -93,7 +95,7 @@ def export_arrays(
         rows = write_parquet(rows_file, kept, rows_without_embeddings())
         array.finish()
         rows_path.unlink(missing_ok=True)  # an older export ends where its array does
-    return _exported((array_path, rows_path), rows, width)
+    return _exported(table, (array_path, rows_path), rows, width)
 
 
 def export_csv(
@@ -123,7 +125,9 @@ def export_csv(
     batches = (batch for part in parts for batch in part.to_batches())
     with whole_file(path, overwrite) as file:
         rows = write_csv(file, schema, batches)
-    return _exported((path,), rows, int(table.record["width"]) if "embedding" in schema.names else None)
+    return _exported(
+        table, (path,), rows, int(table.record["width"]) if "embedding" in schema.names else None
+    )
 
 
 def parts_by_shard(table: Table) -> list[tuple[PartName, ObjectInfo]]:
@@ -213,5 +217,6 @@ class _ArrayWriter:
         np.lib.format.write_array_header_1_0(self._file, fields)
 
 
-def _exported(paths: tuple[Path, ...], rows: int, width: int | None) -> ExportedRows:
-    return ExportedRows(tuple(map(str, paths)), rows, width, sum(path.stat().st_size for path in paths))
+def _exported(table: Table, paths: tuple[Path, ...], rows: int, width: int | None) -> ExportedRows:
+    size = sum(path.stat().st_size for path in paths)
+    return ExportedRows(tuple(map(str, paths)), rows, width, size, table.incomplete_shards)

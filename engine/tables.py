@@ -529,6 +529,15 @@ def open_table(store: Store, kind: str = "embeddings") -> Table:
     record = require_record(store, kind)
     listed = list(list_parts(store))
     progress = TableProgress(name for name, _ in listed)
+    parts = parts_to_read(listed, progress)
+    incomplete = sum(not versions[version_to_read(versions)].is_complete for versions in progress.values())
+    return Table(store, record, parts, incomplete)
+
+
+def parts_to_read(
+    listed: Iterable[tuple[PartName, ObjectInfo]], progress: TableProgress
+) -> tuple[tuple[PartName, ObjectInfo], ...]:
+    """Those of a listing that readers of the table get, sorted by name: one of each number of each shard."""
     chosen = {path16: version_to_read(versions) for path16, versions in progress.items()}
     latest: dict[tuple[str, int], tuple[PartName, ObjectInfo]] = {}
     for name, info in listed:
@@ -537,9 +546,7 @@ def open_table(store: Store, kind: str = "embeddings") -> Table:
             place not in latest or _age_of(latest[place]) < _age_of((name, info))
         ):
             latest[place] = name, info
-    parts = tuple(sorted(latest.values(), key=lambda part: part[1].path))
-    incomplete = sum(not progress[path16][version].is_complete for path16, version in chosen.items())
-    return Table(store, record, parts, incomplete)
+    return tuple(sorted(latest.values(), key=lambda part: part[1].path))
 
 
 def open_any_table(store: Store) -> Table:

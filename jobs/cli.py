@@ -673,7 +673,7 @@ def _export_table(
 ) -> None:
     from engine.table_export import export_arrays, export_csv
     from engine.tables import open_any_table
-    from jobs.outcome import print_summary, progress_bar
+    from jobs.outcome import print_summary, progress_bar, say_incomplete
 
     table = open_any_table(store)
     with _interruptible(), progress_bar("parts", 0) as (bar, task):
@@ -685,6 +685,7 @@ def _export_table(
             exported = export_arrays(table, target, overwrite, report)
         else:
             exported = export_csv(table, target, embeddings, overwrite, report)
+    say_incomplete(exported.incomplete_shards)
     summary = {"verb": "export", "table": store.uri, "kind": table.record["kind"], **asdict(exported)}
     print_summary({**summary, "files": ", ".join(exported.files)})
     if as_json:
@@ -761,7 +762,7 @@ def compact(  # noqa: PLR0913, PLR0917 (each is an option)
     from engine.compaction import compact_table
     from engine.storage import open_store
     from engine.tables import open_any_table
-    from jobs.outcome import print_summary, progress_bar, say
+    from jobs.outcome import print_summary, progress_bar, say_incomplete
 
     storage, started = _storage("compact", endpoint_url, region, anonymous), time.monotonic()
     opened, place = open_any_table(open_store(table, storage)), open_store(target, storage)
@@ -773,8 +774,7 @@ def compact(  # noqa: PLR0913, PLR0917 (each is an option)
             scratch,
             lambda step, count, total: bar.update(task, description=step, completed=count, total=total),
         )
-    if done.incomplete_shards:
-        say(f"note: {done.incomplete_shards:,} shards of the table are not done to their end")
+    say_incomplete(done.incomplete_shards)
     summary = {"verb": "compact", **asdict(done), "seconds": round(time.monotonic() - started, 3)}
     print_summary(summary)
     if as_json:

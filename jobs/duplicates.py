@@ -26,7 +26,7 @@ def search_duplicates(
     """
     from engine.duplicates import find_duplicates, require_duplicates_uri, write_duplicates
     from engine.tables import open_table
-    from jobs.outcome import progress_bar
+    from jobs.outcome import progress_bar, say_incomplete
 
     if output is not None:
         require_duplicates_uri(output, store.config)
@@ -40,12 +40,14 @@ def search_duplicates(
         )
     if output is not None:
         write_duplicates(found, output, store.config)
+    say_incomplete(table.incomplete_shards)
     names = ("rows_read", "images", "groups", "exact", "near", "label_conflicts", "cells", "recall")
     summary = {
         "verb": "duplicates",
         "table": store.uri,
         "threshold": found.threshold,
         **{name: getattr(found, name) for name in names},
+        "incomplete_shards": table.incomplete_shards,
         "output": output,
         "seconds": round(time.monotonic() - started, 3),
     }

@@ -81,6 +81,12 @@ def say(text: str, level: int = logging.INFO, **fields: Any) -> None:
     console.print(f"{prefix}{plain_text(text, keep=NEW_LINE)}", markup=False)
 
 
+def say_incomplete(shards: int) -> None:
+    """That an answer is not about the whole archive, where it is not."""
+    if shards:
+        say(f"note: {shards:,} shards of the table are not done to their end")
+
+
 class Bar(Protocol):
     """What shows how far a run is."""
 

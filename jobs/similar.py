@@ -35,7 +35,7 @@ def find_similar(store: Store, query: Query, k: int) -> dict[str, Any]:
     from engine.similar import similar, similar_to_row
     from engine.storage import open_folder_of
     from engine.tables import open_table
-    from jobs.outcome import progress_bar
+    from jobs.outcome import progress_bar, say_incomplete
 
     table = open_table(store)
     asked: dict[str, Any]
@@ -53,11 +53,13 @@ def find_similar(store: Store, query: Query, k: int) -> dict[str, Any]:
         else:
             started = time.monotonic()
             asked, near = similar_to_row(table, query.key, query.shard, query.index, k, report)
+    say_incomplete(table.incomplete_shards)
     return {
         "verb": "similar",
         "table": store.uri,
         "query": asked,
         "parts": len(table.parts),
+        "incomplete_shards": table.incomplete_shards,
         "seconds": round(time.monotonic() - started, 3),
         "similar": near.drop_columns(["query"]).to_pylist(),
     }

@@ -27,6 +27,7 @@ from engine.tables import claim_table
 from jobs.cli import main
 from tests.embedding_tables import write_table
 from tests.flows.archives import crop_jpeg
+from tests.prediction_tables import write_predictions
 from tests.shards.archives import member, tar_bytes
 from tests.shards.tfrecords import example, tfrecord_bytes
 
@@ -264,3 +265,13 @@ def test_names_of_files_are_told_so_that_no_terminal_obeys_them(
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\\x1b]0;mine\\x07.bin" in out
+
+
+def test_predictions_of_a_rewritten_embedding_part_are_counted_once(tmp_path: Path) -> None:
+    for seed in range(2):  # the second time the same part has other bytes
+        rows_ND = np.random.default_rng(seed).normal(size=(3, 4)).astype(np.float32)
+        embeddings = write_table(tmp_path / "embeddings", {"a.tar": rows_ND}, 3)
+        labels: dict[str, str | None] = {f"a.tar-{index:08d}": "cat" for index in range(3)}
+        predictions = write_predictions(tmp_path / "predictions", embeddings, labels)
+    facts = inspect_uri(predictions)
+    assert (facts["parts"], facts["rows"]) == (2, 3)

@@ -17,7 +17,7 @@ from engine.storage import Store, open_store
 from engine.table_export import export_arrays, export_csv
 from engine.tables import open_any_table, open_table
 from jobs.cli import main
-from tests.embedding_tables import claim_embeddings, store_in_half_precision, write_table
+from tests.embedding_tables import claim_embeddings, store_in_half_precision, write_part, write_table
 from tests.prediction_tables import write_predictions
 
 
@@ -170,3 +170,24 @@ def test_the_command_looks_at_the_uri_for_what_it_exports(
     (tmp_path / "bundle" / "bundle.json").write_text("{}")
     assert main(["export", str(tmp_path / "bundle"), str(out), "--to", "csv"]) == 2
     assert "is a bundle" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "TABLE", "OUT", "--to", "csv"),
+        ("similar", "TABLE", "--key", "a.tar-00000001"),
+        ("duplicates", "TABLE"),
+    ],
+)
+def test_shards_that_are_not_done_to_their_end_are_said(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path / "begun"))
+    claim_embeddings(store, 3, 4)
+    write_part(store, "a.tar", 0, False, 0, numbers(4))
+    places = {"TABLE": store.uri, "OUT": str(tmp_path / "rows.csv")}
+    assert main([places.get(word, word) for word in (*command, "--json")]) == 0
+    out, err = capsys.readouterr()
+    assert "note: 1 shards of the table are not done to their end" in err
+    assert json.loads(out)["incomplete_shards"] == 1
