@@ -578,7 +578,7 @@ def read_part(store: Store, info: ObjectInfo, columns: Sequence[str] | None = No
     content = store.read(info.path, expected=info) if is_whole else None
     try:
         source = object_file(store, info) if content is None else pa.BufferReader(content)
-        file = pq.ParquetFile(source, pre_buffer=False)  # as `_read_here` says, and there is nothing to wait for
+        file = pq.ParquetFile(source, pre_buffer=False)  # as `_read_here` says; there is nothing to wait for
         absent = sorted(set(columns or ()) - set(file.schema_arrow.names))
         if absent:
             raise TableDamaged(
