@@ -22,7 +22,9 @@ from engine.runtimes.kinds import RuntimeConfig
 from engine.tables import Table
 
 
-def embed_as_table(table: Table, images: Mapping[str, bytes]) -> NDArray[np.float32]:
+def embed_as_table(
+    table: Table, images: Mapping[str, bytes], num_threads: int | None = None
+) -> NDArray[np.float32]:
     """Embeddings of images as a part of the table would hold them.
 
     The network comes from the node's cache where a run here has put it there; before it is used it must compute the
@@ -31,6 +33,7 @@ def embed_as_table(table: Table, images: Mapping[str, bytes]) -> NDArray[np.floa
     Args:
         table: of embeddings; its store's config says how weights are reached.
         images: encoded bytes of at least one, by a name for messages.
+        num_threads: CPU threads; None: as many as there are cores. What an actor had is part of the cache's key.
 
     Returns:
         float32, shape (B, D), in the order of the images.
@@ -46,14 +49,14 @@ def embed_as_table(table: Table, images: Mapping[str, bytes]) -> NDArray[np.floa
     contract = record["contract"]
     max_pixels = int(contract.get("limits.max_pixels", Limits().max_pixels))
     pixels_BSS3 = np.stack([_pixels(name, encoded, backbone, max_pixels) for name, encoded in images.items()])
-    found = resolve(Network(backbone, runtime, table.store.config), None, record)
+    found = resolve(Network(backbone, runtime, table.store.config, num_threads), None, record)
     if found.fingerprint != record["fingerprint"]:
         raise CanaryMismatch(
             f"{table.store.uri}: the network that its record names is another one here",
             found=f"fingerprint {found.fingerprint[:16]}",
             wanted=record["fingerprint"][:16],
         )
-    embedder = Embedder(found.graph, found.runtime)
+    embedder = Embedder(found.graph, found.runtime, num_threads)
     embedder.check(np.asarray(found.canary, np.float32))
     dtype = contract.get("output.dtype", "float32")
     with np.errstate(over="ignore"):  # of float16: infinity is found below

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ class TableViews:
         self.connection.register_filesystem(self._files)
         self.views: dict[str, View] = {}
         self.notes: list[str] = []
+        self._answers: weakref.WeakSet[pa.RecordBatchReader] = weakref.WeakSet()
 
     def __enter__(self) -> TableViews:
         return self
@@ -177,14 +179,18 @@ class TableViews:
         self._files.failure = None
         try:
             _require_select(sql)
-            found = self.connection.sql(sql).to_arrow_reader(BATCH_ROWS)
-            _require_names(found.schema)
+            relation = self.connection.sql(sql)
+            _require_names(relation.columns)
+            found = relation.to_arrow_reader(BATCH_ROWS)
+            self._answers.add(found)
             return pa.RecordBatchReader.from_batches(found.schema, self._batches(found))
         except duckdb.Error as error:
             raise self._explained(error) from None
 
     def close(self) -> None:
-        """Let go of DuckDB and its temporary files."""
+        """Let go of DuckDB and its temporary files; an answer that is not read to its end ends here."""
+        for answer in list(self._answers):
+            answer.close()  # DuckDB 2.0 ends the process if its connection is closed under an answer
         if self.connection.filesystem_is_registered(self._files.protocol):
             self.connection.unregister_filesystem(self._files.protocol)
         self.connection.close()
@@ -261,9 +267,9 @@ def _require_select(sql: str) -> None:
         )
 
 
-def _require_names(schema: pa.Schema) -> None:
+def _require_names(names: Sequence[str]) -> None:
     """Two columns of one name are one in JSON, and a Parquet file that cannot be read by name."""
-    twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise RecipeError(
             "two columns of the answer have one name",

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import RecipeError
+
 if TYPE_CHECKING:
     from engine.storage import Store
 
@@ -32,9 +34,11 @@ def find_similar(store: Store, query: Query, k: int) -> dict[str, Any]:
         EngineError: as `engine.similar.similar_to_row` and `engine.query_images.embed_as_table`.
     """
     from engine.query_images import embed_as_table
+    from engine.quiet_start import quiet_start
     from engine.similar import similar, similar_to_row
     from engine.storage import open_folder_of
     from engine.tables import open_table
+    from engine.this_machine import machines_here
     from jobs.outcome import progress_bar, say_incomplete
 
     table = open_table(store)
@@ -47,7 +51,10 @@ def find_similar(store: Store, query: Query, k: int) -> dict[str, Any]:
         if query.image is not None:
             folder, name = open_folder_of(query.image, store.config)
             asked = {"image": query.image}
-            vectors_BD = embed_as_table(table, {query.image: folder.read(name)})
+            encoded = _encoded(query.image, folder, name)
+            with quiet_start():
+                # As many threads as an actor of `extract` has here: what that left in the node's cache is found.
+                vectors_BD = embed_as_table(table, {query.image: encoded}, int(machines_here().cpus))
             started = time.monotonic()
             near = similar(table, vectors_BD, k, report)
         else:
@@ -63,6 +70,22 @@ def find_similar(store: Store, query: Query, k: int) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 3),
         "similar": near.drop_columns(["query"]).to_pylist(),
     }
+
+
+def _encoded(uri: str, folder: Store, name: str) -> bytes:
+    """The file, if it is no larger than what `extract` would take for an image.
+
+    Raises:
+        RecipeError: it is empty or larger.
+    """
+    from engine.recipes import Limits
+    from engine.shards.image_bytes import size_problem
+
+    info = folder.info(name)
+    problem = size_problem("the file", info.size, Limits().max_sample_bytes)
+    if problem is not None:
+        raise RecipeError(f"{uri}: cannot be an image to ask by", found=problem[1], wanted="one image file")
+    return folder.read(name, expected=info)
 
 
 def print_similar(found: dict[str, Any]) -> None:

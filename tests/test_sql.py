@@ -351,3 +351,12 @@ def test_two_columns_of_one_name_are_refused_and_none_is_lost(
     assert (code, out) == (2, "") and "two columns of the answer have one name" in err
     assert "found:   key\n" in err
     assert not (tmp_path / form[-1]).is_file() if form[1:] else True
+
+
+def test_views_may_be_closed_under_an_answer_that_nobody_reads_to_its_end(embeddings: Store) -> None:
+    for _ in range(20):  # it ended the process, most of the times
+        views = open_views([embeddings.uri], StorageConfig())
+        answer = views.select("SELECT a.key AS x, b.key AS y FROM embeddings a JOIN embeddings b ON true")
+        views.close()
+        with pytest.raises((pa.ArrowException, RecipeError)):
+            answer.read_all()

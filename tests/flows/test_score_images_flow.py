@@ -257,27 +257,27 @@ def test_over_the_budget_it_ends_with_3_each_time_and_a_damaged_shard_keeps_its_
 def test_a_run_that_is_killed_is_taken_up_in_both_tables(
     engine: Engine, scored: Path, folder: Path, repository: Path
 ) -> None:
-    for number in range(20):
+    for number in range(40):
         (folder / "shards" / f"copy-{number}.tar").write_bytes((folder / "shards" / "a.tar").read_bytes())
     recipe, tables = recipe_of(scored, folder, "one", "two"), [folder / "labels-one", folder / "labels-two"]
     process = start("score", repository, recipe)
-    wait_for_parts(tables[1], 9, process)
+    wait_for_parts(tables[1], 4, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     begun = [len(parts_in(table)) for table in tables]
-    assert max(begun) < PARTS + 20 * 3
+    assert max(begun) < PARTS + 40 * 3
     ended = require_done(engine("score", recipe, "--json"))
     for told, count in zip(ended["bundles"], begun, strict=True):  # actors may outlive their driver by a part
-        assert 0 < told["parts_written"] <= PARTS + 20 * 3 - count
+        assert 0 < told["parts_written"] <= PARTS + 40 * 3 - count
     for table, name in zip(tables, ("one", "two"), strict=True):
         assert engine("verify", table, "--source").code == 0
         found, wanted = predictions_in(table), predictions_in(scored / f"labels-{name}")
         of_a = wanted.filter(pc.equal(wanted["shard"], "a.tar"))
-        for shard in ("a.tar", *(f"copy-{number}.tar" for number in range(20))):
+        for shard in ("a.tar", *(f"copy-{number}.tar" for number in range(40))):
             rows = found.filter(pc.equal(found["shard"], shard))
             assert rows.select(["key", "index", "label"]) == of_a.select(["key", "index", "label"])
             np.testing.assert_allclose(rows["confidence"], of_a["confidence"], atol=1e-5)
-        assert found.num_rows == 221 + 20 * 150
+        assert found.num_rows == 221 + 40 * 150
 
 
 # ---------------------------------------------------------------- embeddings that are kept

@@ -132,8 +132,10 @@ def test_what_cannot_be_asked_about_ends_with_a_word_on_it(
     engine: Engine, table: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.jpg").write_text("not a photo")
+    (tmp_path / "empty.jpg").touch()
     for arguments, code, said in (
         (["--image", tmp_path / "text.jpg"], 2, "unsupported_format"),
+        (["--image", tmp_path / "empty.jpg"], 2, "the file has no bytes"),
         (["--image", tmp_path / "absent.jpg"], 1, "absent.jpg"),
         (["--key", "nobody"], 2, "no row has key 'nobody'"),
         ([], 2, "either --image, or the row"),
