@@ -6,19 +6,15 @@ only links lead to the pages of earlier nights beside it.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from engine.report import night_counts, night_verdict, plots
+from engine.report.template import render_page
 
-FOLDER = Path(__file__).parent
 RECIPE_SHOWN = 50_000  # characters
 
 
@@ -30,20 +26,10 @@ def render_night(documents: Mapping[str, Any]) -> str:
             then it is not shown. `earlier`: those of earlier nights, the latest first, with `has_page`.
     """
     night = documents["night"]
-    style = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "night.css"))
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     extract, cosines = night.get("extract") or {}, night_counts.cosines_of(night)
-    template = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("night.html")
-    return template.render(
-        style=Markup(style),
-        script=Markup(script),
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return render_page(
+        "night.html",
+        ["page.css", "night.css"],
         run_id=night["run_id"],
         moment=night_verdict.moment_of(night["run_id"]),
         table_uri=night.get("table") or "an unnamed table",

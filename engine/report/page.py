@@ -6,19 +6,15 @@ shows (labels, keys, paths) came from strangers: Jinja2 escapes all of it, and n
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from engine.report import classes, confidence, embedding_map, figures, pictures, plots, rows, training
+from engine.report.template import render_page
 
-FOLDER = Path(__file__).parent
 DOCUMENT_SHOWN = 50_000  # characters of a recipe or record; they are in the bundle as a whole
 
 
@@ -33,22 +29,13 @@ def render_report(documents: Mapping[str, Any]) -> str:
     manifest, metrics = documents["manifest"], documents["metrics"]
     split = figures.judged_split(metrics)
     judged = metrics.get(split) or {}
-    style, script = _text("page.css"), _text("page.js")
     phases = training.training_phases(metrics.get("training") or {})
     comparison = metrics.get("comparison")
     gallery, shown = documents.get("gallery"), pictures.pictures_of(documents.get("pictures"))
     pictured = pictures.shown_cells(gallery, manifest["classes"])
-    template = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("page.html")
-    return template.render(
-        style=Markup(style),
-        script=Markup(script),
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return render_page(
+        "page.html",
+        ["page.css"],
         name=documents["uri"].rstrip("/").rpartition("/")[2] or documents["uri"],
         bundle_id=documents["id"],
         uri=documents["uri"],
@@ -101,7 +88,3 @@ def _document_text(document: Mapping[str, Any]) -> str:
     told = {name: value for name, value in document.items() if name != "canary"}
     text = json.dumps(told, indent=2, ensure_ascii=False)
     return text if len(text) <= DOCUMENT_SHOWN else text[:DOCUMENT_SHOWN] + "\n..."
-
-
-def _text(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from engine.report.night import FOLDER, render_night
+from engine.report.night import render_night
+from engine.report.template import FOLDER
 from tests.report.night_documents import (
     EDGES,
     NIGHT,
