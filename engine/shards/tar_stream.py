@@ -1,8 +1,9 @@
 """The members of a tar archive, read forwards and strictly; not for what the members mean, nor for unpacking them.
 
-Python's `tarfile` decodes each header block (`TarInfo.frombuf`). The walk from header to header is ours, because
-`tarfile.TarFile` (3.11 to 3.13) takes an unreadable, cut or missing header for the end of the archive, reads extended
-headers of any length into memory, and counts offsets from where its stream starts.
+Python's `tarfile` decodes each header block (`TarInfo.frombuf`), but for those that are like most: of them a few fields
+are enough, in a third of the time. The walk from header to header is ours, because `tarfile.TarFile` (3.11 to 3.13)
+takes an unreadable, cut or missing header for the end of the archive, reads extended headers of any length into memory,
+and counts offsets from where its stream starts.
 
 An archive ends with two blocks of zeros, and nothing but zeros follows. All else is damage: an end without that
 marker, a lone zero block, archives joined with `cat`. Member data has no checksum: tar cannot tell a changed byte.
@@ -12,6 +13,7 @@ Layout: POSIX.1-2008 pax (ustar, pax), and the GNU tar manual, "Basic Tar Format
 from __future__ import annotations
 
 import gzip
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -41,6 +43,14 @@ _DATALESS_TYPES = {
     tarfile.FIFOTYPE: "a pipe",
     tarfile.DIRTYPE: FOLDER,
 }
+# Octal numbers as all common writers have them: mode, uid, gid; size; mtime; checksum. What is written otherwise (base
+# 256, spaces in front) is left to tarfile.
+_SHORT_NUMBER = rb"(?:[0-7]{7}[\0 ]|[0-7]{6} \0)"
+_LONG_NUMBER = rb"[0-7]{11}[\0 ]"
+_NUMBERS = re.compile(
+    _SHORT_NUMBER + rb"{3}([0-7]{11})[\0 ]" + _LONG_NUMBER + rb"([0-7]{6})[\0 ]{2}" + tarfile.REGTYPE
+)
+_DEVICE = re.compile(rb"(?:" + _SHORT_NUMBER + rb"|\0{8}){2}\0")  # and no prefix
 _SPARSE = "GNU.sparse."  # pax keywords of a file stored without its holes
 
 
@@ -118,6 +128,8 @@ class TarStream:
 
     def _header(self, block: bytes, offset: int) -> tarfile.TarInfo | None:
         """None for a block of zeros."""
+        if (plain := _plain_header(block)) is not None:
+            return plain
         if block == _ZERO_BLOCK:
             return None
         try:
@@ -171,6 +183,10 @@ class TarStream:
     def _member(
         self, info: tarfile.TarInfo, block: bytes, begin: int, overrides: dict[str, str]
     ) -> TarMember:
+        if info.type == tarfile.REGTYPE and not overrides:
+            self._next_header = self._position + _whole_blocks(info.size)
+            self._data_bytes = info.size
+            return TarMember(info.name, begin, info.size, None)
         size = overrides.get("size", str(info.size))
         if not (size.isascii() and size.isdigit() and len(size) < 20):
             raise self._damage(begin, f"a member of {size[:40]!r} bytes")
@@ -229,6 +245,27 @@ class TarStream:
             wanted="a header, its data, or two zero blocks that end the archive",
             way_out="write this shard again; the samples before that byte are good and are kept",
         )
+
+
+def _plain_header(block: bytes) -> tarfile.TarInfo | None:
+    """Name and size of a plain file, if the block is such that `TarInfo.frombuf` reads the same from it."""
+    # At offsets 100, 257 and 329. Half of it zeros: then its bytes sum up to less than 65,521, where Adler-32 wraps.
+    if len(block) != BLOCK_BYTES or block[257:262] != b"ustar" or block.count(0) < BLOCK_BYTES // 2:
+        return None
+    numbers = _NUMBERS.match(block, 100)
+    if numbers is None or _DEVICE.match(block, 329) is None:
+        return None
+    size, checksum = numbers.groups()
+    if _sum_of_bytes(block) - _sum_of_bytes(block[148:156]) + 8 * ord(" ") != int(checksum, 8):
+        return None
+    info = tarfile.TarInfo(_decoded(block[:100].partition(b"\0")[0]))
+    info.size = int(size, 8)
+    return info
+
+
+def _sum_of_bytes(data: bytes) -> int:
+    """Of less than 65,521. The lower half of Adler-32 counts from 1, and is much faster than sum() (RFC 1950)."""
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 def _whole_blocks(count: int) -> int:
