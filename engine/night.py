@@ -133,7 +133,7 @@ def tally(
         TableDamaged: a part was not made for this: it does not say what is in it.
     """
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        names = [_embedding_part(part) for part in held]
+        names = [embedding_part_of(part) for part in held]
         sources = list(pool.map(lambda name: read_embedding_facts(embeddings, name), names))
     labels: Counter[str] = Counter()
     cosines: list[int] | None = [] if held else None
@@ -231,7 +231,12 @@ def _added(sums: list[int] | None, counts: tuple[int, ...] | None) -> list[int] 
     return [left + right for left, right in zip(sums or [0] * len(counts), counts, strict=True)]
 
 
-def _embedding_part(part: Held) -> PartName:
+def embedding_part_of(part: Held) -> PartName:
+    """What it was made from.
+
+    Raises:
+        TableDamaged: the part does not say.
+    """
     name = parse_part_name(part.facts.embedding_part)
     if name is None:
         raise TableDamaged(f"{part.info.path}: made from {part.facts.embedding_part!r}, which is not a part")

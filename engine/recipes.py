@@ -95,6 +95,16 @@ class Compute(Config):
         return gpus
 
 
+class ReportConfig(Config):
+    """What the page shows that is made for people: the one about a bundle, or about a night."""
+
+    pictures: bool = True
+    """Whether small pictures (96 px) of the rows that the page names become part of it, where everybody who may read it
+    sees them: for a bundle 120 at most (mistakes, doubted labels and others), for a night 40 (rejects and doubtful
+    rows). They are read from the archive for at most 30 seconds, of a night 10; where that fails the page says why.
+    false: for archives whose images must not be copied."""
+
+
 class Limits(Config):
     """What a run tolerates, and what makes a sample a reject."""
 

@@ -98,6 +98,11 @@ def pictures_document(
     }
 
 
+def no_pictures(why: str) -> dict[str, Any]:
+    """The same where none are looked for."""
+    return pictures_document((), {}, {why: 1})
+
+
 def _encoded(pixels_HW3: np.ndarray) -> Thumbnail:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels_HW3)).save(buffer, "WEBP", quality=QUALITY)

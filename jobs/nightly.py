@@ -24,6 +24,7 @@ from engine.config import Config, stable_hash
 from engine.errors import EXIT_BAD_RECIPE, EngineError, HeldBack, PruneRefused, RecipeError, StorageError
 from engine.gate import GateConfig
 from engine.log_lines import print_error
+from engine.recipes import ReportConfig
 from engine.run_metrics import RunMetrics
 from jobs.extract import ExtractRecipe
 from jobs.outcome import Outcome, Run, new_run_id, say
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from engine.heads.reference import Reference
     from engine.lease import Lease
     from engine.night import Held, Tally
+    from engine.night_report import RowsShown
     from engine.storage import Store
 
 LEASE_NAME = "_nightly"
@@ -97,6 +99,8 @@ class NightlyRecipe(ExtractRecipe):
     """How long a night may take."""
     lease: LeaseConfig = LeaseConfig()
     """What keeps two nights apart."""
+    report: ReportConfig = ReportConfig()
+    """What the night's page shows."""
 
     @model_validator(mode="after")
     def _scores(self) -> Self:
@@ -167,6 +171,7 @@ class _Night:
         about: what is kept of it in each table's `nights/`, beyond the summary.
         of_table: the same of one table, by its URI.
         tables: what the summary tells of each table that was judged, by its URI.
+        rows: that each table's page shows, by its URI.
     """
 
     facts: dict[str, Any]
@@ -176,6 +181,7 @@ class _Night:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     of_table: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     tables: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    rows: dict[str, RowsShown] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> RunMetrics:
@@ -377,7 +383,10 @@ def _judged(
         broken = None
         if tonight:
             verdict, compared = _verdict(recipe, table, wanted, bundle, found)
-            more |= compared | _to_look_at(table, embeddings, tonight, found)
+            more |= compared | {"predictions_sha256": tonight[0].facts.recipe_sha256}
+            if rows := _to_look_at(table, embeddings, tonight, found):
+                this_night.rows[table.uri] = rows
+                more |= {"rejects_found": rows.rejects, "doubtful": rows.doubtful}
             facts["gate"] = verdict.to_json()
             say(f"{table.uri}: {verdict.in_words()}")
             broken = verdict.error(table.uri)
@@ -488,19 +497,15 @@ def _last_night(before: Mapping[str, Any] | None, bundle: Bundle, found: Tally) 
     return told
 
 
-def _to_look_at(table: Store, embeddings: Store, tonight: Sequence[Held], found: Tally) -> dict[str, Any]:
-    """Rejects and rows for the page; nothing, and a warning, where they cannot be read."""
-    from engine.night_report import doubtful_rows, rejects_of
+def _to_look_at(table: Store, embeddings: Store, tonight: Sequence[Held], found: Tally) -> RowsShown | None:
+    """Rejects and rows for the page; None, and a warning, where they cannot be read."""
+    from engine.night_report import rows_shown
 
     try:
-        return {
-            "predictions_sha256": tonight[0].facts.recipe_sha256,
-            "rejects_found": rejects_of(embeddings, found.parts_with_rejects),
-            "doubtful": doubtful_rows(table, tonight),
-        }
+        return rows_shown(table, embeddings, tonight, found.parts_with_rejects)
     except Exception as error:  # noqa: BLE001 (the night is judged whether or not its page has rows)
         say(f"the night's page goes without rows to look at: {_said(error)}", logging.WARNING)
-        return {}
+        return None
 
 
 def _published_by_hand(recipe: NightlyRecipe, this_night: _Night) -> Outcome:
@@ -571,15 +576,34 @@ def _keep(
 
     table, kept = open_store(facts["table"], recipe.storage), this_night.kept(summary, facts)
     keep_night(table, summary["run_id"], kept)
-    facts["page"] = _write_page(table, kept)
+    facts["page"] = _write_page(table, kept, _pictures(recipe, this_night, table))
 
 
-def _write_page(table: Store, kept: Mapping[str, Any]) -> str | None:
+def _pictures(recipe: NightlyRecipe, this_night: _Night, table: Store) -> dict[str, Any] | None:
+    """Of the rows that a table's page shows, when readers have what they are to get; None where it shows none."""
+    from engine.night_report import PICTURES_BUDGET, pictures_of
+    from engine.pictures import SWITCHED_OFF, Budget
+    from engine.thumbnails import no_pictures
+
+    rows, pages = this_night.rows.get(table.uri), len(recipe.bundles)
+    if rows is None:
+        return None
+    if not recipe.report.pictures:
+        return no_pictures(SWITCHED_OFF)
+    if this_night.about.get("error", {}).get("kind") in ("Interrupted", "KeyboardInterrupt"):  # nobody waits
+        return no_pictures("the night was interrupted")
+    try:
+        return pictures_of(rows, Budget(PICTURES_BUDGET.seconds / pages, PICTURES_BUDGET.size // pages))
+    except Exception as error:  # noqa: BLE001 (the page is as good without them)
+        return no_pictures(f"reading them failed: {_said(error)}")
+
+
+def _write_page(table: Store, kept: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> str | None:
     """The page for people, where it lies; None, and a warning: the night is as good without it."""
     from engine.night_report import write_page
 
     try:
-        uri = f"{table.uri}/{write_page(table, kept)}"
+        uri = f"{table.uri}/{write_page(table, kept, pictures)}"
     except Exception as error:  # noqa: BLE001 (whatever is wrong with a page, the night has ended as it has)
         say(f"the night has no page in {table.uri}: {_said(error)}", logging.WARNING)
         return None

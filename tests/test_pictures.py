@@ -242,8 +242,23 @@ def test_of_very_many_files_of_rejects_some_are_read_and_the_document_says_so(
     )
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_reject_is_shown_if_it_has_the_digest_that_it_had(tmp_path: Path, is_replaced: bool) -> None:
+    images = {"dogs/good.jpg": crop_jpeg(0)[0], "dogs/large.jpg": crop_jpeg(1, 110)[0]}
+    for path, encoded in images.items():
+        (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / path).write_bytes(encoded)
+    source = FilesSource(kind="files", uri=str(tmp_path / "photos"), label="folder")
+    table = made_table(tmp_path, Limits(max_pixels=10_000), source)
+    if is_replaced:
+        (tmp_path / "photos" / "dogs/large.jpg").write_bytes(crop_jpeg(2, 110)[0])
+    shown, missing = asked(table, [("dogs/~", 0)])
+    assert list(shown) == [("dogs/~", 0)] + [("dogs/~", 1)] * (not is_replaced)
+    assert missing == [(pictures.OTHER_BYTES, 1)] * is_replaced
+
+
 def test_in_a_long_part_samples_are_found_without_reading_what_is_before_them(tmp_path: Path) -> None:
-    """Of 60 MB, of which the last sample alone would cost nearly all."""
+    """Of 60 MB, of which the last sample alone would cost nearly all; one of them is a reject."""
     random = np.random.default_rng(0)
     members = []
     for number in range(160):
@@ -251,10 +266,11 @@ def test_in_a_long_part_samples_are_found_without_reading_what_is_before_them(tm
             member(f"{number:06d}.bin", random.bytes(int(random.integers(60_000, 700_000)))),
             member(f"{number:06d}.jpg", crop_jpeg(number)[0]),
         ]
+    members.append(member("000159.cls", b"\xff no text"))
     put(tmp_path, "a.tar", tar_bytes(members))
     table = made_table(tmp_path, rows_per_part=160)
-    wanted = [("a.tar", index) for index in (159, 0, 80, 121)]
+    wanted = [("a.tar", index) for index in (0, 80, 121)]
     shown, missing = asked(table, wanted, size=24_000_000)
-    assert list(shown) == wanted and missing == []
+    assert list(shown) == [*wanted, ("a.tar", 159)] and missing == []
     for (_, index), pixels in shown.items():
         assert_is_crop(pixels, index)

@@ -16,7 +16,7 @@ from engine.heads.kinds import (
     LinearHeadConfig,
     MlpHeadConfig,
 )
-from engine.recipes import Limits
+from engine.recipes import Limits, ReportConfig
 from engine.storage import Uri
 from engine.strategies.kinds import Mirrored, StrategyConfig
 from engine.training.kinds import (
@@ -26,7 +26,6 @@ from engine.training.kinds import (
     LabelsConfig,
     LbfgsConfig,
     OptimizerConfig,
-    ReportConfig,
     SplitConfig,
     Task,
     TrainingConfig,

@@ -14,7 +14,7 @@ import numpy as np
 from engine.finetuning.images import ImageRows
 from engine.finetuning.kinds import FinetuneSettings
 from engine.schema import SampleId
-from engine.thumbnails import Thumbnail, pictures_document, thumbnail_of_pixels
+from engine.thumbnails import Thumbnail, no_pictures, pictures_document, thumbnail_of_pixels
 from engine.training.gallery import wanted_pictures
 
 
@@ -35,7 +35,7 @@ def shown_of_images(
     if plane is not None:
         shown["embedding_map"] = plane
     if not settings.report.pictures:
-        return shown | {"pictures": pictures_document((), {}, {"report.pictures is false": 1})}
+        return shown | {"pictures": no_pictures("report.pictures is false")}
     wanted = wanted_pictures(metrics, None, gallery)
     found, missing = dict[SampleId, Thumbnail](), Counter[str]()
     for sample, place in _places_of(rows, wanted).items():

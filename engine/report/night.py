@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from engine.report import night_counts, night_verdict, plots
+from engine.report import night_counts, night_verdict, pictures, plots
 from engine.report.template import render_page
 
 RECIPE_SHOWN = 50_000  # characters
@@ -23,10 +23,12 @@ def render_night(documents: Mapping[str, Any]) -> str:
 
     Args:
         documents: `night`: the summary that is kept of it, as `jobs.nightly` writes it; all but run_id may be missing:
-            then it is not shown. `earlier`: those of earlier nights, the latest first, with `has_page`.
+            then it is not shown. `earlier`: those of earlier nights, the latest first, with `has_page`. `pictures`: of
+            its rows, as in pictures.json, if there are any.
     """
     night = documents["night"]
     extract, cosines = night.get("extract") or {}, night_counts.cosines_of(night)
+    shown = pictures.pictures_of(documents.get("pictures"))
     return render_page(
         "night.html",
         ["page.css", "night.css"],
@@ -52,10 +54,11 @@ def render_night(documents: Mapping[str, Any]) -> str:
         cosines=cosines and night_counts.cosines_table(cosines),
         cosines_plot=cosines and Markup(plots.draw_cosines(cosines.edges, cosines.below)),
         reasons=night_counts.reasons_table(night),
-        rejects=night_counts.rejects_table(night),
+        rejects=night_counts.rejects_table(night, shown),
         embeddings=night.get("embeddings"),
         agreement=night_counts.agreement_words(night),
-        doubtful=night_counts.doubtful_table(night),
+        doubtful=night_counts.doubtful_table(night, shown),
+        missing_pictures=pictures.missing_words(documents.get("pictures")),
         nights=night_counts.nights_listed(documents["earlier"]),
         night_columns=night_counts.NIGHT_COLUMNS,
         lineage=night_counts.lineage(night),

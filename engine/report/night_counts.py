@@ -1,6 +1,7 @@
 """What a night came to, in counts: shards, seconds, labels, drift, rejects, rows, and the nights before it.
 
-From the night's JSON summary alone; what it does not hold is not shown. Not for: its verdict (`night_verdict.py`).
+From the night's JSON summary and pictures of its rows alone; what is not there is not shown. Not for: its verdict
+(`night_verdict.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from engine.report.night_verdict import is_run_id, moment_of, title_of
+from engine.report.pictures import Pictures
 from engine.report.tables import NOTHING, Cell, Table, count_cell, number_cell, percent, ratio_cell, shortened
 
 LABELS_SHOWN = 40
@@ -231,13 +233,14 @@ def reasons_table(night: Mapping[str, Any]) -> Table | None:
     return Table("reasons", "Rejects by reason", ("Reason", "Samples", "Share of the rejects"), rows, note)
 
 
-def rejects_table(night: Mapping[str, Any]) -> Table | None:
-    """Some rejects of the night, of each reason by turns."""
+def rejects_table(night: Mapping[str, Any], pictures: Pictures) -> Table | None:
+    """Some rejects of the night, of each reason by turns, with the pictures that there are."""
     found = night.get("rejects_found") or {}
     named, total = found.get("named") or [], sum((found.get("by_reason") or {}).values())
     rows = [
         [
-            *(Cell(shortened(one[name])) for name in ("key", "shard", "error")),
+            _key_cell(one, pictures),
+            *(Cell(shortened(one[name])) for name in ("shard", "error")),
             Cell(shortened(one["message"], REASON_SHOWN)),
             count_cell(one["size_bytes"]),
         ]
@@ -247,12 +250,13 @@ def rejects_table(night: Mapping[str, Any]) -> Table | None:
     return Table("rejects", "Some rejects", columns, rows, _first_of(len(rows), total)) if rows else None
 
 
-def doubtful_table(night: Mapping[str, Any]) -> Table | None:
-    """Rows with the least between their first two candidates."""
+def doubtful_table(night: Mapping[str, Any], pictures: Pictures) -> Table | None:
+    """Rows with the least between their first two candidates, with the pictures that there are."""
     found = night.get("doubtful") or {}
     rows = [
         [
-            *(Cell(shortened(one[name])) for name in ("key", "shard", "candidate")),
+            _key_cell(one, pictures),
+            *(Cell(shortened(one[name])) for name in ("shard", "candidate")),
             Cell("no label" if one["label"] is None else shortened(one["label"])),
             ratio_cell(one["confidence"]),
             ratio_cell(one["margin"]),
@@ -296,6 +300,11 @@ def lineage(night: Mapping[str, Any]) -> list[tuple[str, str]]:
         "What decides a prediction, sha-256": night.get("predictions_sha256"),
     }
     return [(title, shortened(text, 400)) for title, text in told.items() if text]
+
+
+def _key_cell(row: Mapping[str, Any], pictures: Pictures) -> Cell:
+    """Older summaries do not say which sample of its shard a row is."""
+    return Cell(shortened(row["key"]), picture=pictures.get((row["shard"], row.get("index", -1))))
 
 
 def _shares(sets: Mapping[str, tuple[Mapping[str, int], int]], names: Sequence[str]) -> list[Cell]:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.config import Config
 from engine.heads.kinds import HeadConfig, LinearHeadConfig, SideFeatureConfig
+from engine.recipes import ReportConfig
 from engine.storage import Uri
 from engine.strategies.kinds import Mirrored, StrategyConfig
 
@@ -282,15 +283,6 @@ class SuspectsConfig(Config):
         if value == 1:
             raise ValueError("1 leaves no rows to fit on: 0 for no search, or at least 2")
         return value
-
-
-class ReportConfig(Config):
-    """What the page about a bundle shows."""
-
-    pictures: bool = True
-    """Whether small pictures (96 px, 120 at most) of mistakes, doubted labels and some other rows become part of the
-    bundle, where everybody who may read it sees them. They are read from the archive for at most 30 seconds; where that
-    fails the report says why. false: for archives whose images must not be copied."""
 
 
 class FitSettings(Config):

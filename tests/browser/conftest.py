@@ -80,6 +80,19 @@ def open_page(browser: Browser) -> Iterator[Open]:
         context.close()
 
 
+def grave_faults(page: Page) -> list[tuple[str, list[str]]]:
+    """Serious and critical violations: the rule, and the elements."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response
+    assert len(found["passes"]) > 10, "the rules were looked at"
+    return [
+        (one["id"], [node["html"][:200] for node in one["nodes"]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
 @pytest.fixture(scope="session")
 def shots(repository: Path) -> Path:
     """Where pictures of the pages are kept for a person to look at."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from engine.report.page import render_report
-from tests.browser.conftest import Open
+from tests.browser.conftest import Open, grave_faults
 from tests.report.documents import documents, finetuned, pictured
 
 if TYPE_CHECKING:
@@ -172,19 +172,6 @@ def test_one_class_of_the_map_is_shown_alone(open_page: Open, report: Path) -> N
     assert page.evaluate(dim) == [True, False, True]
     page.locator("#map-class").select_option("")
     assert page.evaluate(dim) == [False, False, False]
-
-
-def grave_faults(page: Page) -> list[tuple[str, list[str]]]:
-    """Serious and critical violations: the rule, and the elements."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response
-    assert len(found["passes"]) > 10, "the rules were looked at"
-    return [
-        (one["id"], [node["html"][:200] for node in one["nodes"]])
-        for one in found["violations"]
-        if one["impact"] in ("serious", "critical")
-    ]
 
 
 def test_a_grave_fault_would_be_found(open_page: Open, report: Path) -> None:

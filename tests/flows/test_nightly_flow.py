@@ -130,6 +130,8 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
     assert f"readers have its {3 * ROWS} rows in 6 parts" in page.by_id("verdict").text
     assert page.by_id("cosines").rows() and "published last" not in page.by_id("cosines").text
     assert {row[0] for row in page.by_id("label-mix").rows()} == {"china", "flower"}
+    assert len(list(page.by_id("doubtful").all("img"))) == 20
+    assert "were not available" not in page.text
     files = published_files(tmp_path)
     assert len(files) == 2 * 6
     assert night().summary["published_parts"] == 0
@@ -186,7 +188,10 @@ def test_three_nights(engine: Engine, night: Any, tmp_path: Path) -> None:  # no
 
     # A good night after a bad one is published; the bad one waits for a person.
     put(tmp_path, "6.tar", shard_bytes(12 * ROWS, ROWS))
-    fourth = night()
+    fourth = night("--set", "report.pictures=false")
+    page = page_of(tmp_path, fourth.summary["run_id"])
+    assert len(page.by_id("doubtful").rows()) == 20 and not list(page.all("img"))
+    assert "report.pictures is false" in page.by_id("rows").text
     assert (fourth.code, fourth.summary["published_parts"], fourth.summary["held_parts"]) == (3, 2, 2)
     assert "still held back" in fourth.stderr
     assert "5.tar" not in table_of(tmp_path)["shard"].to_pylist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from tests.report.documents import picture
+
 RUN_ID = "nightly-20260203T040506Z-0a1b"
 LAST_RUN_ID = "nightly-20260202T030405Z-2c3d"
 EDGES = [round(0.2 + step / 200, 4) for step in range(99)]
@@ -99,6 +101,8 @@ NIGHT: dict[str, Any] = {
             {
                 "key": "img7",
                 "shard": "a.tar",
+                "index": 7,
+                "sha256": "01" * 32,
                 "error": "truncated_image",
                 "message": "image file is truncated (3 bytes not processed)",
                 "size_bytes": 4321,
@@ -112,6 +116,7 @@ NIGHT: dict[str, Any] = {
             {
                 "key": "img9",
                 "shard": "b.tar",
+                "index": 9,
                 "label": None,
                 "confidence": 0.4113,
                 "candidate": "bee",
@@ -164,9 +169,29 @@ def failed(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy({**told, **changes})
 
 
-def documents(night: dict[str, Any], *earlier: dict[str, Any]) -> dict[str, Any]:
+def documents(
+    night: dict[str, Any], *earlier: dict[str, Any], pictures: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Of its page."""
-    return {"night": night, "earlier": list(earlier)}
+    return {"night": night, "earlier": list(earlier), "pictures": pictures}
+
+
+def with_images(night: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The night with more rows, as long names as there are, and pictures of three of the four that could have one."""
+    night = copy.deepcopy(night)
+    reject, row = night["rejects_found"]["named"][0], night["doubtful"]["rows"][0]
+    large = {**reject, "key": "photos/2026/" + "panorama-" * 9, "index": 11, "error": "too_many_pixels"}
+    night["rejects_found"]["named"] += [large]
+    night["doubtful"]["rows"] += [
+        {**row, "key": "img10", "index": 10, "label": "ant"},
+        {**row, "key": "img12", "index": 12},
+    ]
+    pictures = {
+        "wanted": 4,
+        "pictures": [picture("b.tar", 9), picture("b.tar", 10, 43, 96), picture("a.tar", 11, 96, 20)],
+        "missing": [{"why": "the archive has another image there now, or none", "samples": 1}],
+    }
+    return night, pictures
 
 
 def earlier_nights(count: int) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 
 from engine.report.night import render_night
 from engine.report.template import FOLDER
+from engine.thumbnails import no_pictures
 from tests.report.night_documents import (
     EDGES,
     NIGHT,
@@ -22,6 +23,7 @@ from tests.report.night_documents import (
     failed,
     held,
     published,
+    with_images,
 )
 from tests.report.pages import Element, read_page
 
@@ -32,8 +34,10 @@ HOSTILE = (
 )
 
 
-def page_of(night: dict[str, Any], *earlier: dict[str, Any]) -> Element:
-    return read_page(render_night(documents(night, *earlier)))
+def page_of(
+    night: dict[str, Any], *earlier: dict[str, Any], pictures: dict[str, Any] | None = None
+) -> Element:
+    return read_page(render_night(documents(night, *earlier, pictures=pictures)))
 
 
 def ids_of(page: Element) -> set[str | None]:
@@ -201,6 +205,41 @@ def test_counts_time_and_labels_have_the_figures_of_the_night() -> None:
     )
 
 
+def pictured_keys(page: Element, table: str) -> dict[str, tuple[str | None, ...]]:
+    """Of rows with a picture: key -> width, height and alternative text."""
+    names = ("width", "height", "alt")
+    return {
+        row.children[0].text.strip(): tuple(image.attributes[name] for name in names)
+        for row in page.by_id(table).all("tr")
+        for image in row.all("img")
+    }
+
+
+def test_pictures_stand_beside_the_keys_of_their_rows_and_words_say_which_are_missing() -> None:
+    night, pictures = with_images(published())
+    page = page_of(night, pictures=pictures)
+    assert pictured_keys(page, "doubtful") == {"img9": ("96", "72", ""), "img10": ("43", "96", "")}
+    (large,) = pictured_keys(page, "rejects")
+    assert large.startswith("photos/2026/panorama-")
+    assert [row[0] for row in page.by_id("doubtful").rows()] == ["img9", "img10", "img12"]
+    said = "1 of 4 pictures were not available: the archive has another image there now, or none (1)."
+    assert said in page.by_id("rows").text and said not in page.by_id("left-out").text
+    several = {**night, "doubtful": {"rows": [], "rows_read": 0}}
+    page = page_of(several, pictures=pictures)
+    assert said in page.by_id("left-out").text, "where no rows are doubted"
+    assert not list(page_of(night).all("img")), "a night without pictures"
+
+
+def test_a_night_without_pictures_says_why() -> None:
+    page = page_of(published(), pictures=no_pictures("report.pictures is false"))
+    assert "Pictures were not available: report.pictures is false." in page.by_id("rows").text
+    assert not list(page.all("img"))
+    old = published()
+    del old["doubtful"]["rows"][0]["index"], old["rejects_found"]["named"][0]["index"]
+    page = page_of(old, pictures=with_images(published())[1])
+    assert not list(page.all("img")), "rows of older summaries do not say which sample they are"
+
+
 def test_drift_is_drawn_against_the_bundle_and_the_last_night_and_said_in_words() -> None:
     page = page_of(published())
     assert [one.text for one in page.by_id("drift").all("p")][:3] == [
@@ -316,7 +355,8 @@ def hostile_night() -> dict[str, Any]:
 
 
 def test_labels_keys_and_paths_of_strangers_are_text_and_nothing_else() -> None:
-    plain, hostile = page_of(held()), page_of(hostile_night())
+    plain, hostile = page_of(held()), page_of(hostile_night(), pictures=no_pictures(HOSTILE[0]))
+    assert f"Pictures were not available: {HOSTILE[0]}." in hostile.by_id("rows").text
     for name in ("script", "img", "iframe", "link", "object", "style", "svg", "a"):
         assert len(list(hostile.all(name))) == len(list(plain.all(name))), name
     for element in hostile.everything():
