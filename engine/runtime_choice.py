@@ -58,6 +58,7 @@ class Trial:
         images_per_second: of the network alone, in the process that tried it; None if there was no other to try.
         cosine: the lowest to Keras (float32) or to the float32 runtime (a reduced precision).
         probe_accuracy, probe_accuracy_float32: of the linear probe; None where it was not called for.
+        probe_samples: how many it was fitted on and judged by.
         refused: why it was not taken; None where it keeps the contract.
     """
 
@@ -67,6 +68,7 @@ class Trial:
     cosine: float | None = None
     probe_accuracy: float | None = None
     probe_accuracy_float32: float | None = None
+    probe_samples: int | None = None
     refused: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -168,13 +170,15 @@ class _Judge:
             images_per_second=self._rate(embedder),
             probe_accuracy=probe_accuracy(found_WD, reference.classes_W),
             probe_accuracy_float32=reference.accuracy,
+            probe_samples=len(reference.classes_W),
         )
         if not cosine >= MIN_REDUCED_COSINE:
             return replace(trial, refused=f"cosine {cosine:.5f} to float32")
         if trial.probe_accuracy is None or trial.probe_accuracy < reference.accuracy - MAX_PROBE_LOSS:
             return replace(
                 trial,
-                refused=f"linear probe {trial.probe_accuracy:.4f}, with float32 {reference.accuracy:.4f}",
+                refused=f"linear probe {trial.probe_accuracy:.4f}, with float32 {reference.accuracy:.4f}, "
+                f"of {trial.probe_samples:,} samples",
             )
         return trial
 
@@ -207,6 +211,7 @@ def _reference(graph: FrozenGraph, images: Images, num_threads: int | None, use_
     from engine.runtimes.kinds import TensorFlowRuntimeConfig
 
     float32 = Embedder(graph, TensorFlowRuntimeConfig(), num_threads, use_gpu)
+    float32.embed(images.pixels_NSS3[:MIN_IMAGES])  # what a first run prepares is not the network's time
     started = time.perf_counter()
     float32.embed(images.pixels_NSS3[:MIN_IMAGES])
     affordable = PROBE_SECONDS * MIN_IMAGES / (time.perf_counter() - started)
