@@ -16,9 +16,8 @@ import io
 import logging
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -267,14 +266,37 @@ def _read_part_by_part(
         if begun < len(indexes):
             found.lack(why, len(indexes) - begun)
 
-    pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pictures")
-    most_first = sorted(by_part, key=lambda place: -len(by_part[place]))
-    reading = [pool.submit(read, *place) for place in most_first]
-    done, _ = wait(reading, timeout=found.seconds_left)
-    pool.shutdown(wait=False, cancel_futures=True)  # a store that does not answer is not waited for
-    for future in done:
-        future.result()
+    waiting = deque(sorted(by_part, key=lambda place: -len(by_part[place])))
+    broken: list[Exception] = []
+
+    def work() -> None:
+        try:
+            while (place := _next_of(waiting)) is not None:
+                read(*place)
+        except Exception as error:  # noqa: BLE001 (raised below, where somebody hears it)
+            broken.append(error)
+
+    # Daemons: a process that is done does not wait for a store that takes minutes to say that it does not answer.
+    threads = [
+        threading.Thread(target=work, name=f"pictures_{number}", daemon=True)
+        for number in range(min(READ_THREADS, len(waiting)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(found.seconds_left)
+    waiting.clear()
+    if broken:
+        raise broken[0]
     return None
+
+
+def _next_of(waiting: deque[tuple[str, int]]) -> tuple[str, int] | None:
+    """None: nothing is left."""
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
 
 
 def _images(

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,6 +259,8 @@ def test_an_archive_that_never_answers_is_waited_for_no_longer_than_the_budget(
         began = time.monotonic()
         document = pictures_of(slow, Budget(seconds=0.5))
         assert time.monotonic() - began < 2
+        reading = [one for one in threading.enumerate() if one.name.startswith("pictures_")]
+        assert reading and all(one.daemon for one in reading), "a process that ends waits for none of them"
     why = "the 0.5 seconds for reading pictures had passed"
     assert (document["pictures"], document["missing"]) == ([], [{"why": why, "samples": 11}])
 
