@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ SAMPLES_PER_FILE = (
 )
 ORDER = (("key", "ascending"), ("shard", "ascending"), ("index", "ascending"))
 _SORTED_BY = [name for name, _ in ORDER]
+_FILE_NAME = re.compile(r"rows-\d{5,}\.parquet")
 _BATCH_ROWS = 8_192  # of a run, as it lies on the disk
 _MODULUS = 1 << 128
 Report = Callable[[str, int, int], None]
@@ -164,7 +166,15 @@ def _claim(table: Table, target: Store) -> None:
             wanted="an empty place, or this command's own unfinished work",
             way_out="remove what is there, or name another place",
         )
-    for path in [path for path in target.names() if path != RECORD]:
+    left = [path for path in target.names() if path != RECORD]
+    if others := [path for path in left if not _FILE_NAME.fullmatch(path)]:
+        raise AlreadyExists(
+            f"{target.uri}: has files beside this command's unfinished work",
+            found=", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if others[3:] else ""),
+            wanted="nothing that it has not written itself: all of that is removed",
+            way_out="put them elsewhere, or name another place",
+        )
+    for path in left:
         target.delete(path)
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from engine.errors import ContractMismatch, TableDamaged
+from engine.errors import ContractMismatch, RecipeError, TableDamaged
 from engine.parts import PartName
 from engine.row_files import make_folder, require_new, whole_file, write_csv, write_parquet
 from engine.storage import ObjectInfo
@@ -67,6 +67,7 @@ def export_arrays(
 
     Raises:
         ContractMismatch: it is no embedding table.
+        RecipeError: the folder lies in the table.
         AlreadyExists: there is a file of one of these names, or of the folder's.
         StorageError: the disk refuses.
         TableDamaged: a part cannot be read, or its rows are not in the order of their shard.
@@ -78,11 +79,12 @@ def export_arrays(
             wanted="an embedding table",
             way_out="export it with --to csv",
         )
+    _require_apart(table, folder)
+    schema, width = _schema(table), int(table.record["width"])
     make_folder(folder)
     array_path, rows_path = folder / EMBEDDINGS_FILE, folder / ROWS_FILE
     for path in (array_path, rows_path):
         require_new(path, overwrite)
-    schema, width = _schema(table), int(table.record["width"])
     kept = schema.remove(schema.get_field_index("embedding"))
     with whole_file(rows_path, overwrite) as rows_file, whole_file(array_path, overwrite) as array_file:
         array = _ArrayWriter(array_file, width, schema.field("embedding").type.value_type.to_pandas_dtype())
@@ -115,8 +117,9 @@ def export_csv(
 
     Raises:
         AlreadyExists, ObjectNotFound: there is a file, or no folder for it.
-        TableDamaged: as of `export_arrays`.
+        RecipeError, TableDamaged: as of `export_arrays`.
     """
+    _require_apart(table, path)
     require_new(path, overwrite)
     schema = _schema(table)
     if "embedding" in schema.names and not with_embeddings:
@@ -128,6 +131,14 @@ def export_csv(
     return _exported(
         table, (path,), rows, int(table.record["width"]) if "embedding" in schema.names else None
     )
+
+
+def _require_apart(table: Table, path: Path) -> None:
+    """Who opens a table's folder takes every file there for a part of it."""
+    if "://" not in table.store.uri and path.resolve().is_relative_to(Path(table.store.uri).resolve()):
+        raise RecipeError(
+            f"{path}: lies in the table that is to be exported", way_out="name a place outside it"
+        )
 
 
 def parts_by_shard(table: Table) -> list[tuple[PartName, ObjectInfo]]:

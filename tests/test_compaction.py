@@ -163,7 +163,7 @@ def test_what_is_there_is_never_written_over(embeddings: Store, tmp_path: Path) 
     assert refused.value.found == "a whole copy"
 
 
-def test_interrupted_work_is_begun_again_but_not_that_on_another_table(
+def test_interrupted_work_is_begun_again_but_not_that_on_another_table_nor_beside_other_files(
     embeddings: Store, tmp_path: Path
 ) -> None:
     table, target = open_table(embeddings), open_store(str(tmp_path / "copy"))
@@ -181,6 +181,12 @@ def test_interrupted_work_is_begun_again_but_not_that_on_another_table(
     with pytest.raises(AlreadyExists) as refused:
         compact_table(open_table(other), target)
     assert refused.value.found == "unfinished work on another table"
+    target.write("photos/mine.txt", b"mine")
+    with pytest.raises(AlreadyExists, match="beside this command's unfinished work") as refused:
+        compact_table(table, target)
+    assert refused.value.found == "photos/mine.txt"
+    assert target.read("photos/mine.txt") == b"mine" and len(list(target.names())) == 4
+    target.delete("photos/mine.txt")
     done = compact_table(table, target, 300_000)
     assert done.files == 1
     assert sorted(target.names()) == ["_compaction.json", "rows-00000.parquet"]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from engine.errors import AlreadyExists, ContractMismatch, ObjectNotFound, TableDamaged
+from engine.errors import AlreadyExists, ContractMismatch, ObjectNotFound, RecipeError, TableDamaged
 from engine.storage import Store, open_store
 from engine.table_export import export_arrays, export_csv
 from engine.tables import open_any_table, open_table
@@ -144,11 +144,27 @@ def test_predictions_are_csv_and_no_array(embeddings: Store, tmp_path: Path) -> 
         export_arrays(table, tmp_path / "out")
 
 
-def test_a_table_without_parts_has_nothing_to_export(tmp_path: Path) -> None:
+def test_nothing_is_written_into_the_table_where_readers_would_take_it_for_a_part(
+    embeddings: Store, tmp_path: Path
+) -> None:
+    before = sorted(embeddings.names())
+    (tmp_path / "link").symlink_to(embeddings.uri)
+    for place in (Path(embeddings.uri, "data"), Path(embeddings.uri, "out"), tmp_path / "link" / "data"):
+        with pytest.raises(RecipeError, match="lies in the table"):
+            export_arrays(open_table(embeddings), place)
+        with pytest.raises(RecipeError, match="lies in the table"):
+            export_csv(open_table(embeddings), place / "rows.csv")
+    assert sorted(embeddings.names()) == before and not Path(embeddings.uri, "out").exists()
+
+
+def test_a_table_without_parts_has_nothing_to_export_and_leaves_no_folder(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "embeddings"))
     claim_embeddings(store, 5, 4)
     with pytest.raises(TableDamaged, match="no parts yet"):
         export_csv(open_table(store), tmp_path / "rows.csv")
+    with pytest.raises(TableDamaged, match="no parts yet"):
+        export_arrays(open_table(store), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["embeddings"]
 
 
 def test_the_command_looks_at_the_uri_for_what_it_exports(
