@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from engine.errors import RecipeError
 from engine.log_lines import NEW_LINE, plain_text
 from engine.row_files import require_new, whole_file, write_csv, write_parquet
 from engine.sql import TableViews, open_views
@@ -44,6 +45,9 @@ def run_sql(
         tables: URIs, as of `engine.sql.open_views`.
         csv, parquet: a new file, one of them at most.
         as_json: print one JSON object: the rows, or with a file how many there are.
+
+    Raises:
+        EngineError: as `engine.sql.open_views` and `TableViews.select`; the file cannot be written.
     """
     path, started = csv or parquet, time.monotonic()
     if path is not None:
@@ -55,7 +59,7 @@ def run_sql(
         summary: dict[str, Any] = {"verb": "sql", "columns": _described(found.schema)}
         if path is not None:
             with whole_file(path) as file:
-                summary["rows"] = (write_csv if csv else write_parquet)(file, found.schema, found)
+                summary["rows"] = write_csv(file, found.schema, found) if csv else _write_parquet(file, found)
             summary["file"] = str(path)
             say(f"{summary['rows']:,} rows in {path}")
         elif as_json:
@@ -66,6 +70,17 @@ def run_sql(
         summary["bytes_read"] = views.bytes_read
     if as_json:
         print(json.dumps(summary, allow_nan=False))
+
+
+def _write_parquet(file: BinaryIO, found: pa.RecordBatchReader) -> int:
+    try:
+        return write_parquet(file, found.schema, found)
+    except pa.ArrowNotImplementedError as error:
+        raise RecipeError(
+            "--parquet: a column of the answer has a type that Parquet files lack",
+            found=str(error),
+            way_out="cast it (CAST(x AS VARCHAR)), or take --csv",
+        ) from None
 
 
 def _described(schema: pa.Schema) -> list[dict[str, str]]:

@@ -323,6 +323,16 @@ def test_a_query_that_fails_half_way_leaves_no_file(
     assert list(out.iterdir()) == []
 
 
+def test_a_type_that_parquet_lacks_is_said_and_leaves_no_file(
+    embeddings: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query, out = "SELECT key, INTERVAL 1 DAY AS age FROM embeddings", tmp_path / "out"
+    out.mkdir()
+    code, _, err = run(capsys, "sql", query, "--table", embeddings.uri, "--parquet", out / "rows.parquet")
+    assert code == 2 and "month_day_nano_interval" in err and "CAST(x AS VARCHAR)" in err
+    assert list(out.iterdir()) == []
+
+
 def test_another_file_can_be_joined_by_its_path(embeddings: Store, tmp_path: Path) -> None:
     (tmp_path / "answers.csv").write_text("key,answer\nb.tar-00000002,fox\n")
     with open_views([embeddings.uri]) as views:
