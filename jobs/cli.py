@@ -28,7 +28,7 @@ import typer
 
 from engine.errors import EXIT_DONE, BundleError, EngineError, Interrupted, RecipeError
 from engine.log_lines import LogContext, json_log, plain_text, print_error
-from jobs.logs import json_logs, wants_json
+from jobs.logs import json_logs, wanted_format
 
 if TYPE_CHECKING:
     from engine.backbones.kinds import BackboneConfig
@@ -1032,7 +1032,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        if not wants_json():
+        if wanted_format() != "json":
             return _run(words)
     except RecipeError as error:
         print_error(error)
@@ -1086,14 +1086,15 @@ def _run_job(
     if plan:
         _print_facts(job.plan(recipe, **options), as_json)
         return
-    from jobs.outcome import new_run_id, print_summary
+    from jobs.outcome import new_run_id, only_warnings, print_summary
     from jobs.watched import run_watched
 
     log = json_log()
     run_id = new_run_id(verb) if log is None else log.context.run_id
 
     # Ray prints what it has to say of lost tasks; stdout is for the summary alone.
-    with _interruptible(), contextlib.redirect_stdout(sys.stderr):
+    told = only_warnings() if wanted_format() == "quiet" else contextlib.nullcontext()
+    with _interruptible(), told, contextlib.redirect_stdout(sys.stderr):
         outcome = run_watched(verb, job, recipe, run_id, options, _as_typed(verb, path, overrides or ()))
     print_summary(outcome.summary)
     if as_json:

@@ -1,7 +1,8 @@
-"""How a command's log looks: for people, or with ENGINE_LOG=json one JSON object a line (`engine.log_lines`).
+"""How a command's log looks: for people, with ENGINE_LOG=quiet warnings and the summary of a run alone, or with
+ENGINE_LOG=json one JSON object a line (`engine.log_lines`).
 
-What anybody prints in this process, or in one that it started, becomes such a line too. stdout stays for what was asked
-for (`--json`, `--plan`), with nothing of a library between.
+What anybody prints in this process, or in one that it started, becomes such a JSON line too. stdout stays for what was
+asked for (`--json`, `--plan`), with nothing of a library between.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from engine.errors import RecipeError
 from engine.log_lines import JsonLog, LogContext, use_json_log
 
 VARIABLE = "ENGINE_LOG"
-FORMATS = ("text", "json")
+FORMATS = ("text", "json", "quiet")
 PATIENCE_S = 2.0  # with what a process that outlives this one may still print
 
 
-def wants_json() -> bool:
-    """Whether the environment asks for JSON.
+def wanted_format() -> str:
+    """One of FORMATS, as the environment asks.
 
     Raises:
         RecipeError: it asks for something else.
@@ -33,10 +34,10 @@ def wants_json() -> bool:
         raise RecipeError(
             f"{VARIABLE}: no format of logs",
             found=repr(wanted),
-            wanted=" or ".join(FORMATS),
+            wanted=", ".join(FORMATS),
             way_out=f"set it to one of these, or unset it for {FORMATS[0]}",
         )
-    return wanted == "json"
+    return wanted
 
 
 @contextmanager

@@ -6,6 +6,7 @@ summary goes to stderr.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import secrets
 import time
@@ -25,11 +26,13 @@ from rich.progress import (
 )
 
 from engine.errors import EngineError
-from engine.log_lines import NEW_LINE, JsonLog, json_log, plain_text
+from engine.log_lines import NEW_LINE, json_log, plain_text
 from engine.run_metrics import RunMetrics
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-PROGRESS_EVERY_S = 30.0  # a line of JSON; a bar moves as it likes
+PROGRESS_EVERY_S = 30.0  # a line of a log; a bar moves as it likes
+_LEFT_OUT_IF_ZERO = ("shards_", "parts_")  # a person looks for what happened among what did not
+_least = logging.INFO  # level of what is said to a person
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,22 @@ def say(text: str, level: int = logging.INFO, **fields: Any) -> None:
     log = json_log()
     if log is not None:
         log.tell(level, text, **fields)
-        return
+    elif level >= _least:
+        _print(text, level)
+
+
+@contextmanager
+def only_warnings() -> Iterator[None]:
+    """Inside, a person is told what is at least a warning, and the summary: no progress. A JSON log has all of it."""
+    global _least  # noqa: PLW0603 (of a process, as Python's own logging is)
+    before, _least = _least, logging.WARNING
+    try:
+        yield
+    finally:
+        _least = before
+
+
+def _print(text: str, level: int = logging.INFO) -> None:
     prefix = f"{logging.getLevelName(level).lower()}: " if level >= logging.WARNING else ""
     console.print(f"{prefix}{plain_text(text, keep=NEW_LINE)}", markup=False)
 
@@ -104,10 +122,9 @@ class Bar(Protocol):
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[tuple[Bar, Any]]:
-    """A live bar on a terminal; nothing where stderr is a file (the summary says it all); lines in a JSON log."""
-    log = json_log()
-    if log is not None:
-        yield _ProgressLines(log, description, total), None
+    """A live bar on a terminal; in a log, be it a file, a pipe or JSON, now and then a line."""
+    if json_log() is not None or _least > logging.INFO or not console.is_terminal:
+        yield _ProgressLines(description, total), None
         return
     columns = (
         TextColumn("{task.description}"),
@@ -117,16 +134,18 @@ def progress_bar(description: str, total: int) -> Iterator[tuple[Bar, Any]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         yield bar, bar.add_task(description, total=total, rate="")
 
 
 class _ProgressLines:
-    """A line at the first news, and then one every PROGRESS_EVERY_S at most."""
+    """A line every PROGRESS_EVERY_S at most; machines get one at the first news, too."""
 
-    def __init__(self, log: JsonLog, description: str, total: float) -> None:
-        self._log, self._description, self._total = log, description, total
-        self._completed, self._told_at = 0.0, float("-inf")
+    def __init__(self, description: str, total: float) -> None:
+        self._description, self._total = description, total
+        self._completed: float = 0
+        self._began = time.monotonic()
+        self._told_at = self._began if json_log() is None else float("-inf")
 
     def update(
         self,
@@ -140,21 +159,24 @@ class _ProgressLines:
         self._description = description or self._description
         self._completed = self._completed if completed is None else completed
         self._total = self._total if total is None else total
-        if time.monotonic() - self._told_at >= PROGRESS_EVERY_S:
-            self._told_at = time.monotonic()
-            message = f"{self._completed:,} of {self._total:,} {self._description}"
-            self._log.tell(
-                logging.INFO,
-                message,
-                progress=self._description,
-                done=self._completed,
-                of=self._total,
-                rate=rate,
-            )
+        if time.monotonic() - self._told_at < PROGRESS_EVERY_S:
+            return
+        self._told_at = time.monotonic()
+        what = f"{self._completed:,} of {self._total:,} {self._description}"
+        message = ", ".join(filter(None, (what, rate, self._time_left())))
+        say(message, progress=self._description, done=self._completed, of=self._total, rate=rate)
+
+    def _time_left(self) -> str:
+        """If it goes on as it did; empty where nothing is done yet, or nothing is left."""
+        if not 0 < self._completed < self._total:
+            return ""
+        seconds = (time.monotonic() - self._began) * (self._total / self._completed - 1)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The closing summary for a person: one line a key, empty ones left out; in a JSON log one line."""
+    """The closing summary for a person: one line a key, without empty ones and shards and parts of which there are
+    none; in a JSON log one line."""
     log = json_log()
     if log is not None:
         log.tell(logging.INFO, "summary", summary=summary)
@@ -162,11 +184,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     lines = [line for key, value in summary.items() for line in _summary_lines(key, value)]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
-        say(f"  {name:<{width}}  {text}")
+        _print(f"  {name:<{width}}  {text}")
 
 
 def _summary_lines(key: str, value: Any) -> list[tuple[str, str]]:
-    if value is None or value == {}:
+    if value is None or value == {} or (value == 0 and key.rpartition(" ")[2].startswith(_LEFT_OUT_IF_ZERO)):
         return []
     if (
         isinstance(value, list) and value and isinstance(value[0], dict)
@@ -181,6 +203,10 @@ def _summary_lines(key: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(map(_shown, value)) or "none"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

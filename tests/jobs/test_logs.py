@@ -117,4 +117,4 @@ def test_what_is_asked_for_stays_as_it_is(engine_process: Engine) -> None:
 def test_a_format_that_there_is_not_is_refused(engine_process: Engine) -> None:
     ended = engine_process("backbones", environment={"ENGINE_LOG": "yaml"})
     assert ended.code == 2
-    assert "ENGINE_LOG" in ended.stderr and "text or json" in ended.stderr
+    assert "ENGINE_LOG" in ended.stderr and "text, json, quiet" in ended.stderr
