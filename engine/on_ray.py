@@ -51,6 +51,7 @@ from engine.extraction import (
 )
 from engine.labelling import LabelJob, PartLabeller, write_labelled
 from engine.log_lines import json_log, use_json_log_on_worker
+from engine.quiet_start import routine_left_out
 from engine.run_metrics import Kind, Metric, RunMetrics
 from engine.sizing import (
     READ_TASK_CPUS,
@@ -116,18 +117,19 @@ def ray_session(
         common |= _worker_logs()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            # "local": without it Ray joins a cluster that `ray start` made here, whatever the recipe says.
-            cpus = max(1, math.ceil(local_cpus))
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_MS},
-                **common,
-            )
+        with routine_left_out():
+            if address:
+                ray.init(address=address, **common)
+            else:
+                # "local": without it Ray joins a cluster that `ray start` made here, whatever the recipe says.
+                cpus = max(1, math.ceil(local_cpus))
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_MS},
+                    **common,
+                )
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
         raise unreachable(address, " ".join(str(error).split())[:500]) from None
     finally:
@@ -181,6 +183,9 @@ def _nodes() -> list[dict[str, Any]]:
 
 def _quieten() -> None:
     """Ray's own progress and INFO lines would drown ours; its other warnings stay."""
+    # At every start of an actor that may start again Ray's C++ prints an error about its arguments (ray#53727), which
+    # Ray Data keeps. What becomes of a run comes as an exception all the same.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # no FutureWarning about GPUs on CPU workers

@@ -1,6 +1,7 @@
-"""What TensorFlow says at every start, kept off a person's terminal. Not for: anything else that goes to stderr.
+"""What TensorFlow and Ray say at every start, kept off a person's terminal. Not for: anything else that goes to stderr.
 
-TensorFlow 2.21 writes lines of INFO before it heeds TF_CPP_MIN_LOG_LEVEL, straight to file descriptor 2.
+TensorFlow 2.21 writes lines of INFO before it heeds TF_CPP_MIN_LOG_LEVEL, straight to file descriptor 2, and Ray 2.60
+one that it heeds RAY_BACKEND_LOG_LEVEL.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 
 _ROUTINE = re.compile(
-    r"I\d{4} |\d{4}-\d\d-\d\d [\d:.]+: I |WARNING: All log messages before absl"
+    r"I\d{4} |\d{4}-\d\d-\d\d [\d:.]+: I |\[\d{4}-\d\d-\d\d [\d:,]+ I |WARNING: All log messages before absl"
     r"|To enable the following instructions"
 )
 
@@ -25,10 +26,17 @@ def without_routine(log: str) -> list[str]:
 
 @contextlib.contextmanager
 def quiet_start() -> Iterator[None]:
-    """Inside, TensorFlow may be imported: the whole process writes its stderr to a file, and at the end what is not
-    routine in there goes where it should have gone. INFO of later is not written either, unless the environment asks
-    for it."""
+    """Inside, TensorFlow may be imported: as `routine_left_out`. INFO of later is not written either, unless the
+    environment asks for it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with routine_left_out():
+        yield
+
+
+@contextlib.contextmanager
+def routine_left_out() -> Iterator[None]:
+    """Inside, the whole process writes its stderr to a file, and at the end what is not routine in there goes where it
+    should have gone."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as log, contextlib.ExitStack() as ends:
         real = os.dup(2)

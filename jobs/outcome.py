@@ -20,10 +20,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from engine.errors import EngineError
 from engine.log_lines import NEW_LINE, json_log, plain_text
@@ -114,10 +116,16 @@ class Bar(Protocol):
         *,
         description: str | None = None,
         completed: float | None = None,
+        finished: int | None = None,
         total: float | None = None,
         rate: str = "",
     ) -> None:
-        """Show it; what is left out stays."""
+        """Show it; what is left out stays.
+
+        Args:
+            completed: by which the bar and the time that is left go.
+            finished: how many are told of; None: as many as are completed.
+        """
 
 
 @contextmanager
@@ -129,7 +137,7 @@ def progress_bar(description: str, total: int) -> Iterator[tuple[Bar, Any]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _FinishedOfTotal(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -138,12 +146,23 @@ def progress_bar(description: str, total: int) -> Iterator[tuple[Bar, Any]]:
         yield bar, bar.add_task(description, total=total, rate="")
 
 
+class _FinishedOfTotal(MofNCompleteColumn):
+    """Whole ones, while the bar also goes by those that are under way."""
+
+    def render(self, task: Task) -> Text:
+        finished = task.fields.get("finished")
+        if finished is None or task.total is None:
+            return super().render(task)
+        return Text(f"{finished}/{int(task.total)}", style="progress.download")
+
+
 class _ProgressLines:
     """A line every PROGRESS_EVERY_S at most; machines get one at the first news, too."""
 
     def __init__(self, description: str, total: float) -> None:
         self._description, self._total = description, total
         self._completed: float = 0
+        self._finished: int | None = None
         self._began = time.monotonic()
         self._told_at = self._began if json_log() is None else float("-inf")
 
@@ -153,18 +172,21 @@ class _ProgressLines:
         *,
         description: str | None = None,
         completed: float | None = None,
+        finished: int | None = None,
         total: float | None = None,
         rate: str = "",
     ) -> None:
         self._description = description or self._description
         self._completed = self._completed if completed is None else completed
+        self._finished = self._finished if finished is None else finished
         self._total = self._total if total is None else total
         if time.monotonic() - self._told_at < PROGRESS_EVERY_S:
             return
         self._told_at = time.monotonic()
-        what = f"{self._completed:,} of {self._total:,} {self._description}"
+        done = self._completed if self._finished is None else self._finished
+        what = f"{done:,} of {self._total:,} {self._description}"
         message = ", ".join(filter(None, (what, rate, self._time_left())))
-        say(message, progress=self._description, done=self._completed, of=self._total, rate=rate)
+        say(message, progress=self._description, done=done, of=self._total, rate=rate)
 
     def _time_left(self) -> str:
         """If it goes on as it did; empty where nothing is done yet, or nothing is left."""

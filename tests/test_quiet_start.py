@@ -16,6 +16,7 @@ try:
     with quiet_start():
         os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\\n")
         os.write(2, b"I0000 00:00:1795460698.508267 1 port.cc:153] oneDNN custom operations are on.\\n")
+        os.write(2, b"[2026-11-24 00:30:15,171 I 21099 21099] logging.cc:303: Set ray log level\\n")
         os.write(2, b"E0000 00:00:1795460698.508267 1 cuda.cc:1] this is news\\n")
         print("so is this", file=sys.stderr)
         raise ImportError

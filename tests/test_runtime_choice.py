@@ -89,7 +89,9 @@ def test_the_faster_one_that_keeps_the_contract_is_taken_and_all_are_told_of(
     reduced = trials["tensorflow float16"]
     assert reduced.cosine is not None and 0.99 < reduced.cosine < 1
     assert reduced.probe_accuracy_float32 is not None and reduced.probe_accuracy_float32 > 0.2
-    assert reduced.probe_samples == 1024  # as many as are wanted: a small network judges them within its seconds
+    assert (
+        reduced.probe_samples == 1024
+    )  # as many as are wanted: a small network judges them within its seconds
 
 
 def test_a_runtime_that_gives_other_numbers_than_keras_is_refused(loaded: Loaded) -> None:
