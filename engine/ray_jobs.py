@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import aiohttp
 from ray import __version__ as ray_here
@@ -182,11 +182,8 @@ class RayJobs:
     async def _listen(self, submission_id: str, log: _Log) -> bool:
         """Hand on the log until nothing has come for SILENCE_S; True: it has ended or the connection broke."""
         log.restart()
-        pieces: Any = self._client.tail_job_logs(submission_id)
         try:
-            async with contextlib.aclosing(pieces):
-                while True:
-                    log.add(await asyncio.wait_for(anext(pieces), SILENCE_S))
+            await hand_on(self._client.tail_job_logs(submission_id), log.add)
         except TimeoutError:
             return False
         except (StopAsyncIteration, OSError, RuntimeError, aiohttp.ClientError):
@@ -287,6 +284,21 @@ class _Client(JobSubmissionClient):
     def ray_version(self) -> str:
         """Of the cluster."""
         return str(self._do_request("GET", "/api/version").json()["ray_version"])
+
+
+async def hand_on(pieces: Any, on_text: Callable[[str], None]) -> NoReturn:
+    """Pass on what an asynchronous generator yields.
+
+    Raises:
+        TimeoutError: nothing has come for SILENCE_S.
+        StopAsyncIteration: it has ended.
+    """
+    async with contextlib.aclosing(pieces):
+        while True:
+            # Not `wait_for`: with a piece that comes just then that of Python 3.11 swallows Ctrl-C (cpython#86296).
+            async with asyncio.timeout(SILENCE_S):
+                text = await anext(pieces)
+            on_text(text)
 
 
 class _Log:
