@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from engine.errors import AlreadyExists, ObjectNotFound, RecipeError, StorageError, TableDamaged
 from engine.storage import ObjectInfo, Store
 from engine.storage.object_file import object_file
-from engine.tables import Table, embeddings_matrix, parquet_options
+from engine.tables import Table, embeddings_matrix, parquet_options, require_apart
 
 RECORD = "_compaction.json"  # written first as unfinished, and again when the copy is whole
 FILE_BYTES = 512 << 20
@@ -106,7 +106,7 @@ def compact_table(
             found=f"{file_bytes:,} bytes",
             wanted=f"1 to {MOST_FILE_BYTES:,}",
         )
-    _require_apart(table, target)
+    require_apart(table, target.uri)
     table.column_names()  # refuses a table without parts
     size = sum(info.size for _, info in table.parts)
     _claim(table, target)
@@ -139,14 +139,6 @@ def compact_table(
 
 
 # ---------------------------------------------------------------- the place
-
-
-def _require_apart(table: Table, target: Store) -> None:
-    source = table.store.uri
-    if f"{target.uri}/".startswith(f"{source}/"):
-        raise RecipeError(
-            f"{target.uri}: lies in the table that is to be copied", way_out="name a place outside it"
-        )
 
 
 def _claim(table: Table, target: Store) -> None:

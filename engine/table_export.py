@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from engine.errors import ContractMismatch, RecipeError, TableDamaged
+from engine.errors import ContractMismatch, TableDamaged
 from engine.parts import PartName
 from engine.row_files import make_folder, require_new, whole_file, write_csv, write_parquet
 from engine.storage import ObjectInfo
 from engine.storage.object_file import object_file
-from engine.tables import READ_THREADS, Table, embeddings_matrix, read_part
+from engine.tables import READ_THREADS, Table, embeddings_matrix, read_part, require_apart
 
 EMBEDDINGS_FILE = "embeddings.npy"
 ROWS_FILE = "rows.parquet"  # appears last: without it there is no export
@@ -79,7 +79,7 @@ def export_arrays(
             wanted="an embedding table",
             way_out="export it with --to csv",
         )
-    _require_apart(table, folder)
+    require_apart(table, str(folder))
     schema, width = _schema(table), int(table.record["width"])
     make_folder(folder)
     array_path, rows_path = folder / EMBEDDINGS_FILE, folder / ROWS_FILE
@@ -119,7 +119,7 @@ def export_csv(
         AlreadyExists, ObjectNotFound: there is a file, or no folder for it.
         RecipeError, TableDamaged: as of `export_arrays`.
     """
-    _require_apart(table, path)
+    require_apart(table, str(path))
     require_new(path, overwrite)
     schema = _schema(table)
     if "embedding" in schema.names and not with_embeddings:
@@ -131,14 +131,6 @@ def export_csv(
     return _exported(
         table, (path,), rows, int(table.record["width"]) if "embedding" in schema.names else None
     )
-
-
-def _require_apart(table: Table, path: Path) -> None:
-    """Who opens a table's folder takes every file there for a part of it."""
-    if "://" not in table.store.uri and path.resolve().is_relative_to(Path(table.store.uri).resolve()):
-        raise RecipeError(
-            f"{path}: lies in the table that is to be exported", way_out="name a place outside it"
-        )
 
 
 def parts_by_shard(table: Table) -> list[tuple[PartName, ObjectInfo]]:

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.copies import written_as
-from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, TableDamaged
+from engine.errors import ContractMismatch, ObjectChanged, ObjectNotFound, RecipeError, TableDamaged
 from engine.parts import (
     COPIES_FOLDER,
     NOTHING,
@@ -532,6 +533,24 @@ def open_table(store: Store, kind: str = "embeddings") -> Table:
     parts = parts_to_read(listed, progress)
     incomplete = sum(not versions[version_to_read(versions)].is_complete for versions in progress.values())
     return Table(store, record, parts, incomplete)
+
+
+def require_apart(table: Table, place: str) -> None:
+    """Who opens a table's folder takes every file there for a part of it.
+
+    Args:
+        place: URI or path of what is to be written.
+
+    Raises:
+        RecipeError: it lies in the table.
+    """
+    uri = table.store.uri
+    if "://" in uri or "://" in place:
+        lies_in = f"{place}/".startswith(f"{uri}/")
+    else:  # through links, too
+        lies_in = Path(place).resolve().is_relative_to(Path(uri).resolve())
+    if lies_in:
+        raise RecipeError(f"{place}: lies in the table that is to be read", way_out="name a place outside it")
 
 
 def parts_to_read(
