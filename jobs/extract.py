@@ -791,10 +791,9 @@ def _follow(receipts: Iterator[Receipt], told: _Told) -> None:
     """Count receipts as they come, and show how far the run is."""
     started, pending, totals = time.monotonic(), told.pending, told.totals
     _measure_shards(told)
-    shards, bytes_read = len(pending.works), 0
+    shards = len(pending.works)
     with progress_bar("shards", shards) as (bar, task):
         for receipt in receipts:
-            bytes_read += receipt.header.bytes_read
             _measure(receipt, told, is_new=totals.add(receipt))
             if receipt.header.damage is not None:
                 shard, reason = receipt.header.shard, " ".join(receipt.header.damage.split())
@@ -802,7 +801,7 @@ def _follow(receipts: Iterator[Receipt], told: _Told) -> None:
             rate = totals.rows / (time.monotonic() - started)
             finished = totals.shards_done + totals.shards.failed
             # A few large shards are under way for hours before the first one is done.
-            share = min(1.0, bytes_read / pending.bytes_total) if pending.bytes_total else 0.0
+            share = min(1.0, totals.bytes_read / pending.bytes_total) if pending.bytes_total else 0.0
             bar.update(
                 task,
                 completed=max(finished, share * shards),

@@ -183,10 +183,6 @@ class TarStream:
     def _member(
         self, info: tarfile.TarInfo, block: bytes, begin: int, overrides: dict[str, str]
     ) -> TarMember:
-        if info.type == tarfile.REGTYPE and not overrides:
-            self._next_header = self._position + _whole_blocks(info.size)
-            self._data_bytes = info.size
-            return TarMember(info.name, begin, info.size, None)
         size = overrides.get("size", str(info.size))
         if not (size.isascii() and size.isdigit() and len(size) < 20):
             raise self._damage(begin, f"a member of {size[:40]!r} bytes")
