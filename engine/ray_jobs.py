@@ -185,9 +185,11 @@ class RayJobs:
         try:
             await hand_on(self._client.tail_job_logs(submission_id), log.add)
         except TimeoutError:
-            return False
+            ended = False
         except (StopAsyncIteration, OSError, RuntimeError, aiohttp.ClientError):
-            return True
+            ended = True
+        _end_if_told_to()
+        return ended
 
     def _state(self, submission_id: str) -> JobState:
         return _state_of(self._client.get_job_info(submission_id))
@@ -292,6 +294,7 @@ async def hand_on(pieces: Any, on_text: Callable[[str], None]) -> NoReturn:
     Raises:
         TimeoutError: nothing has come for SILENCE_S.
         StopAsyncIteration: it has ended.
+        CancelledError: this was cancelled, even if the generator takes no notice.
     """
     async with contextlib.aclosing(pieces):
         while True:
@@ -299,6 +302,14 @@ async def hand_on(pieces: Any, on_text: Callable[[str], None]) -> NoReturn:
             async with asyncio.timeout(SILENCE_S):
                 text = await anext(pieces)
             on_text(text)
+            _end_if_told_to()
+
+
+def _end_if_told_to() -> None:
+    """End this task if it was cancelled, as Ctrl-C does, and what it awaited made nothing or another error of it."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 class _Log:

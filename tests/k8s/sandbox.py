@@ -134,7 +134,8 @@ class Pods:
         """The command in a namespace of its own, with the container's volumes."""
         here = self.folder / name
         here.mkdir()
-        mounts = []
+        # Pods have another /tmp: an environment that lies there would be hidden from them.
+        mounts = [f"{venv}={venv}"] if (venv := _own_environment()).is_relative_to("/tmp") else []
         for volume in container["volumeMounts"]:
             path = volume["mountPath"]
             if path == "/etc/engine/recipes":
@@ -211,12 +212,14 @@ def _relay(repository: Path, *arguments: str) -> Iterator[int]:
             process.kill()
 
 
+def _own_environment() -> Path:
+    """Where this test's packages lie, whatever links lead there."""
+    return Path(sys.executable).parent.parent.resolve()
+
+
 def _build_tree(folder: Path, repository: Path) -> None:
     """/opt/engine of the image, made at that very place, since an environment knows where it lies."""
-    venv = Path(
-        sys.executable
-    ).parent.parent.resolve()  # pods have another /tmp, should it be a link in there
-    build = f"{repository}/k8s/build_tree.sh cpu /opt/engine --reuse {venv}"
+    build = f"{repository}/k8s/build_tree.sh cpu /opt/engine --reuse {_own_environment()}"
     script = f"mount --bind {folder / 'opt'} /opt && {build}"
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
