@@ -19,7 +19,7 @@ from engine.schema import embeddings_schema, rejects_schema
 from engine.storage import open_store
 from engine.tables import EmbeddingPartFacts, claim_table, write_embedding_part
 from tests.clusters import open_cluster
-from tests.commands import Engine, start
+from tests.commands import Engine, kill_with_descendants, start
 from tests.flows.archives import write_recipe
 
 if TYPE_CHECKING:
@@ -255,8 +255,7 @@ def test_a_killed_driver_is_taken_up_by_the_same_command(
     while not list((tmp_path / "killed").glob("checkpoint.*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    kill_with_descendants(process)  # a worker left behind would be quick enough to end this training
     assert not (tmp_path / "killed" / "bundle.json").exists()
     again = engine_process("fit", killed, *setting)
     assert again.code == 0, again.stderr
