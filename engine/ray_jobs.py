@@ -185,11 +185,9 @@ class RayJobs:
         try:
             await hand_on(self._client.tail_job_logs(submission_id), log.add)
         except TimeoutError:
-            ended = False
+            return False
         except (StopAsyncIteration, OSError, RuntimeError, aiohttp.ClientError):
-            ended = True
-        _end_if_told_to()
-        return ended
+            return True
 
     def _state(self, submission_id: str) -> JobState:
         return _state_of(self._client.get_job_info(submission_id))
@@ -294,15 +292,18 @@ async def hand_on(pieces: Any, on_text: Callable[[str], None]) -> NoReturn:
     Raises:
         TimeoutError: nothing has come for SILENCE_S.
         StopAsyncIteration: it has ended.
-        CancelledError: this was cancelled, even if the generator takes no notice.
+        CancelledError: this was cancelled, even if the generator makes nothing or another error of it.
     """
-    async with contextlib.aclosing(pieces):
-        while True:
-            # Not `wait_for`: with a piece that comes just then that of Python 3.11 swallows Ctrl-C (cpython#86296).
-            async with asyncio.timeout(SILENCE_S):
-                text = await anext(pieces)
-            on_text(text)
-            _end_if_told_to()
+    try:
+        async with contextlib.aclosing(pieces):
+            while True:
+                # Not `wait_for`: with a piece that comes just then that of Python 3.11 swallows Ctrl-C (cpython#86296).
+                async with asyncio.timeout(SILENCE_S):
+                    text = await anext(pieces)
+                on_text(text)
+                _end_if_told_to()
+    finally:
+        _end_if_told_to()
 
 
 def _end_if_told_to() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -59,19 +57,6 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def kill_with_descendants(process: subprocess.Popen[str]) -> None:
-    """Kill it and all it has started, as the end of a pod does; Ray's processes are in groups of their own."""
-    everyone = [process.pid]
-    for pid in everyone:  # grows meanwhile
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                everyone.extend(int(child) for child in children.read_text().split())
-    for pid in everyone:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
 
 
 def wait_for_parts(table: Path | Store, count: int, process: subprocess.Popen[str]) -> None:

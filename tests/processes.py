@@ -55,17 +55,23 @@ def kill_process(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def kill_with_all_below(pid: int) -> None:
+    """SIGKILL to it and all that it has started, as the end of a pod: Ray's processes are in groups of their own."""
+    for one in [pid, *processes_below(pid)]:  # listed first: orphans have another parent
+        kill_process(one)
+
+
 def processes_below(pid: int) -> list[int]:
     """What the process has started, and what that has started."""
-    below = {}
+    children = defaultdict(list)
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
-            with suppress(OSError):
+            with suppress(OSError):  # ended since the listing
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()  # state, parent ...
-                below[int(folder.name)] = int(fields[1])
+                children[int(fields[1])].append(int(folder.name))
     found = [pid]
-    for one in found:
-        found += [child for child, parent in below.items() if parent == one]
+    for one in found:  # grows while it is gone through
+        found += children[one]
     return found[1:]
 
 

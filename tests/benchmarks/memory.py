@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from tests.processes import processes_below
+
 PERIOD_S = 0.5
 # For a PSS the kernel goes through all pages of a process: 0.09 s for the 13 of an engine's run, 0.03 s for a program
 # that is alone. Every half second that was a thirteenth of two cores, and so of the engine's rate (2026-11-23).
@@ -44,25 +46,10 @@ class PeakMemory:
         took = 0.0
         while not self._ended.wait(max(PERIOD_S, took / MAX_SHARE)):
             started = time.thread_time()
-            sizes = [_bytes(pid) for pid in descendants(self._root_pid)]
+            sizes = [_bytes(pid) for pid in [self._root_pid, *processes_below(self._root_pid)]]
             self.sum_bytes = max(self.sum_bytes, sum(sizes))
             self.largest_bytes = max(self.largest_bytes, *sizes)
             took = time.thread_time() - started
-
-
-def descendants(root_pid: int) -> list[int]:
-    """The process itself and all below it, as they are now."""
-    children: dict[int, list[int]] = {}
-    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        try:
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended since the listing
-            continue
-        children.setdefault(parent, []).append(pid)
-    found = [root_pid]
-    for pid in found:  # grows while it is gone through
-        found += children.get(pid, [])
-    return found
 
 
 def _bytes(pid: int) -> int:

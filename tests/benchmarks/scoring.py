@@ -35,10 +35,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.benchmarks.memory import descendants
 from tests.benchmarks.report import Ratio
 from tests.benchmarks.throughput import REPOSITORY, _result_path, machine_facts
 from tests.embedding_tables import publish_linear, write_table
+from tests.processes import processes_below
 
 WIDTH, CLASSES, TOP_K, ROWS_PER_PART = 1280, 100, 5, 1024
 ROWS_PER_SHARD = 50 * ROWS_PER_PART
@@ -134,7 +134,8 @@ def seconds_of(name: str, table: Path, bundle: Path, rows: int) -> tuple[float, 
         started = time.perf_counter()
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
-                ticks |= {pid: used for pid in descendants(process.pid) if (used := _ticks(pid)) is not None}
+                everyone = [process.pid, *processes_below(process.pid)]
+                ticks |= {pid: used for pid in everyone if (used := _ticks(pid)) is not None}
                 time.sleep(PERIOD_S)
             seconds = time.perf_counter() - started
             assert process.stdout is not None

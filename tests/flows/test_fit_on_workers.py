@@ -19,8 +19,9 @@ from engine.schema import embeddings_schema, rejects_schema
 from engine.storage import open_store
 from engine.tables import EmbeddingPartFacts, claim_table, write_embedding_part
 from tests.clusters import open_cluster
-from tests.commands import Engine, kill_with_descendants, start
+from tests.commands import Engine, start
 from tests.flows.archives import write_recipe
+from tests.processes import kill_with_all_below
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -255,7 +256,8 @@ def test_a_killed_driver_is_taken_up_by_the_same_command(
     while not list((tmp_path / "killed").glob("checkpoint.*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    kill_with_descendants(process)  # a worker left behind would be quick enough to end this training
+    kill_with_all_below(process.pid)  # a worker left behind would be quick enough to end this training
+    process.communicate()
     assert not (tmp_path / "killed" / "bundle.json").exists()
     again = engine_process("fit", killed, *setting)
     assert again.code == 0, again.stderr
