@@ -16,9 +16,9 @@ The recipe, in order (DECODE_VERSION stands for all of it):
     or below). An axis that shrinks is averaged over exact areas, pixels on a border counted in part; one that grows
     is interpolated linearly.
 
-Resizing is OpenCV's (INTER_AREA, INTER_LINEAR), on the pixels as they are stored; the small image is turned. Reduced
-JPEGs end inside their last column and row, and squares of them may begin inside a pixel: the scale, or a repetition of
-pixels, keeps these areas exact, too.
+Resizing is on the pixels as they are stored; the small image is turned. Means are `area_means`', lines are OpenCV's
+(INTER_LINEAR). Reduced JPEGs end inside their last column and row, and squares of them may begin inside a pixel: such
+a pixel counts in part.
 
 Reduced JPEGs. The demand: 40 dB PSNR against a full decode and exact area means of the same file. Where a target pixel
 covers at least 3.6, 8.7 or 18.5 pixels of the full image on both sides, libjpeg decodes at 1/2, 1/4 or 1/8 (1/d). dB,
@@ -82,8 +82,8 @@ from engine.schema import RejectReason
 
 DECODE_VERSION = 2
 """Stands for the recipe above and is part of the fingerprint: raise it with any change that moves a pixel by more than
-rounding. Builds of Pillow, libjpeg and OpenCV may differ by a bit in the last place; no version and no canary covers
-that (the canary is about the network, and is fed pixels)."""
+rounding. Builds of Pillow, libjpeg, OpenCV and LLVM may differ by a bit in the last place; no version and no canary
+covers that (the canary is about the network, and is fed pixels)."""
 
 LARGE_IMAGE_PIXELS = 32_000_000
 """Images with more, as they are decoded, take turns: threads that meet several of them need the memory of one."""
@@ -102,14 +102,6 @@ _LARGE_IMAGE_TURN = threading.Lock()
 # also kept the freed blocks in the heap of the thread that had its turn: eight threads that decoded 40-megapixel PNGs
 # in turns held 1,546 MB, with 64 MiB 386. More than 32 MiB always goes back at once (M_MMAP_THRESHOLD in mallopt(3)).
 _PILLOW_BLOCK_BYTES = 2**31 - 4096
-
-# Up to here the fourth byte of Pillow's RGB is dropped before the resize, which then takes 15 to 20 % less; of larger
-# images it would cost what it saves, and 3 bytes of memory per pixel.
-_REPACKED_PIXELS = 4_000_000
-
-# Where both axes shrink by whole numbers, OpenCV 5.0 sums the pixels under a target pixel in 32 bits with a sign: 3,000
-# x 3,000 white ones came out black. Above this it does one axis after the other.
-_SUMMED_PIXELS = 2**31 // 255
 
 cv2.setNumThreads(1)  # the callers' threads are the only ones
 
@@ -518,50 +510,21 @@ def _resized(pixels: np.ndarray, target: _Size, box: _Box) -> np.ndarray:
     Only of a reduced JPEG has the box edges inside pixels; both axes of that shrink.
     """
     left, upper, right, lower = box
-    if left % 1:
-        return _resized_from_fraction(pixels, target, box)
-    if upper % 1:
-        flat = _resized_from_fraction(pixels.swapaxes(0, 1), target[::-1], (upper, left, lower, right))
-        return flat.swapaxes(0, 1)
     width, height = right - left, lower - upper
     part = pixels[math.floor(upper) : math.ceil(lower), math.floor(left) : math.ceil(right)]
-    if part.ndim == 3 and part.shape[2] == 4 and part.shape[0] * part.shape[1] <= _REPACKED_PIXELS:
+    if part.shape[:2] == (height, width) == target[::-1]:
+        return part
+    if width >= target[0] or height >= target[1]:
+        from engine.area_means import area_means  # compiles
+
+        part = area_means(
+            pixels, (min(target[0], math.floor(width)), min(target[1], math.floor(height))), box
+        )
+        if part.shape[:2] == target[::-1]:
+            return part
+    elif part.shape[2:] == (4,):
         part = cv2.cvtColor(part, cv2.COLOR_RGBA2RGB)
-    shrinks = width >= target[0], height >= target[1]
-    if all(shrinks):
-        return _averaged(part, target, (width, height))
-    if any(shrinks):
-        first = (target[0], part.shape[0]) if shrinks[0] else (part.shape[1], target[1])
-        part = cv2.resize(part, first, interpolation=cv2.INTER_AREA)
     return cv2.resize(part, target, interpolation=cv2.INTER_LINEAR)
-
-
-def _resized_from_fraction(pixels: np.ndarray, target: _Size, box: _Box) -> np.ndarray:
-    """Where the left edge is inside a pixel: after the other axis, columns so often that each begins at a whole one."""
-    left, upper, right, lower = box
-    begin, end = math.floor(left), math.ceil(right)
-    low = _resized(pixels, (end - begin, target[1]), (begin, upper, end, lower))
-    times = left.as_integer_ratio()[1]  # 2, 4 or 8
-    box = (times * (left - begin), 0, times * (right - begin), target[1])
-    return _resized(low.repeat(times, axis=1), target, box)
-
-
-def _averaged(part: np.ndarray, target: _Size, size: tuple[float, float]) -> np.ndarray:
-    """Means over areas of exactly size / target pixels, pixels on a border counted in part.
-
-    OpenCV takes its scale from fx and fy where no target size is given, and so stops at a fraction of the last pixel;
-    should that leave a column or row too many, it is cut off.
-    """
-    width, height = size
-    if width * height > _SUMMED_PIXELS * target[0] * target[1]:
-        part = cv2.resize(part, None, fx=target[0] / width, fy=1, interpolation=cv2.INTER_AREA)[
-            :, : target[0]
-        ]
-        width = target[0]
-    if part.shape[:2] == (height, width):
-        return cv2.resize(part, target, interpolation=cv2.INTER_AREA)
-    scaled = cv2.resize(part, None, fx=target[0] / width, fy=target[1] / height, interpolation=cv2.INTER_AREA)
-    return scaled[: target[1], : target[0]]
 
 
 def _reason(name: str, encoded: bytes, error: Exception) -> RejectReason:

@@ -49,7 +49,7 @@ SAVED_WITH: dict[str, dict[str, Any]] = {
 MAX_PIXELS = 178_956_970
 AS_TRUE_DB = 0.1
 ROUNDED_DB = 70.0
-LIBRARIES = ("pillow", "opencv-python-headless", "tensorflow", "numpy")
+LIBRARIES = ("pillow", "opencv-python-headless", "numba", "tensorflow", "numpy")
 
 Decoder = Callable[[bytes], np.ndarray]  # encoded -> uint8, (S, S, 3)
 

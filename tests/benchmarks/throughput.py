@@ -54,7 +54,17 @@ SLOW = ("ray_documentation", "tfdata_predict")
 REFUSED = 2  # exit code of the engine, and of our own programs, for a runtime that is not there
 TIMEOUT_S = 1800
 SHOWN_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-PACKAGES = ("ray", "tensorflow", "keras", "openvino", "pillow", "opencv-python-headless", "pyarrow", "numpy")
+PACKAGES = (
+    "ray",
+    "tensorflow",
+    "keras",
+    "openvino",
+    "pillow",
+    "opencv-python-headless",
+    "numba",
+    "pyarrow",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "log_lines",
         "quiet_start",
     ),
-    ("parts", "storage", "beside", "plain_pages", "copies", "representatives", "recipe_page"),
+    ("area_means", "parts", "storage", "beside", "plain_pages", "copies", "representatives", "recipe_page"),
     (
         "recipes",
         "worklist",
@@ -127,6 +127,7 @@ def test_imports_only_go_down(repository: Path) -> None:
         ("PIL", ("engine/images.py", "engine/thumbnails.py", "jobs/demo_images.py")),
         ("openvino", ("engine/runtimes/",)),
         ("cv2", ("engine/images.py",)),
+        ("numba", ("engine/area_means.py",)),
         ("matplotlib", ("engine/report/plots.py", "engine/prediction/picture.py")),
         ("jinja2", ("engine/report/template.py",)),
     ],
@@ -169,7 +170,7 @@ def test_the_command_answers_without_heavy_libraries(repository: Path, arguments
     script = (
         "import sys\nfrom jobs.cli import main\n"
         f"main({arguments!r})\n"
-        "heavy = {'ray', 'tensorflow', 'keras', 'pyarrow', 'numpy', 's3fs', 'duckdb', 'PIL', 'cv2'}\n"
+        "heavy = {'ray', 'tensorflow', 'keras', 'pyarrow', 'numpy', 's3fs', 'duckdb', 'PIL', 'cv2', 'numba'}\n"
         "heavy |= {'matplotlib', 'jinja2'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
