@@ -23,7 +23,8 @@ a pixel counts in part.
 Reduced JPEGs. The demand: 40 dB PSNR against a full decode and exact area means of the same file. Where a target pixel
 covers at least 3.6, 8.7 or 18.5 pixels of the full image on both sides, libjpeg decodes at 1/2, 1/4 or 1/8 (1/d). dB,
 worst and median of 12 files (six photos of scikit-image and scikit-learn, cropped and enlarged to that size; quality 75
-4:2:0 and 92 4:4:4), stretched; inf: every pixel. Pillow 13.0.0 with libjpeg-turbo 3.2.0, OpenCV 5.0.0, 2026-11-22:
+4:2:0 and 92 4:4:4), stretched, by OpenCV's area means; inf: every pixel. Pillow 13.0.0, libjpeg-turbo 3.2.0,
+OpenCV 5.0.0, 2026-11-22:
 
     JPEG         S    d   worst median    JPEG         S    d   worst median
     500x375      96   2   40.8  46.2      1920x1080    96   4   48.4  53.6
@@ -42,8 +43,8 @@ libjpeg (by Pillow) or libwebp (the one that Pillow is linked to) gets the whole
 or does not decode, goes through Pillow's file classes, which know what is wrong with it. The pixels are the same, bit
 for bit. tests/benchmarks/decoding.py compares other libraries.
 
-Tried and left out (same day): TurboJPEG's fast upsampling, which saves 100 us at 500x375, at 45 dB; Pillow's BOX, a
-third faster than INTER_AREA, but it takes whole pixels only: 33 to 37 dB at 500x375.
+Tried and left out (same day): TurboJPEG's fast upsampling, which saves 100 us at 500x375, at 45 dB; Pillow's BOX, which
+takes whole pixels only: 33 to 37 dB at 500x375.
 
 Memory. Of images above LARGE_IMAGE_PIXELS (as libjpeg decodes them) one at a time is decoded in a process, however many
 threads there are; the others wait for their turn. A rejection holds nothing of the image it is about. At its peak a

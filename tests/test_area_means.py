@@ -7,25 +7,9 @@ import numpy as np
 import pytest
 
 from engine.area_means import area_means
+from tests.exact_means import exact_means
 
 PHOTO_SIZES = [(500, 375), (640, 480), (299, 224), (250, 188), (1000, 750), (448, 448)]
-
-
-def shares_of(begin: float, end: float, count: int, length: int) -> np.ndarray:
-    """How much of each pixel is under each target pixel, as parts of 1: float64, shape (count, length)."""
-    edges = np.linspace(begin, end, count + 1)
-    pixel = np.arange(length)
-    covered = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return covered.clip(0) * count / (end - begin)
-
-
-def defined_means(
-    pixels_HWC: np.ndarray, target: tuple[int, int], box: tuple[float, float, float, float]
-) -> np.ndarray:
-    left, upper, right, lower = box
-    rows = shares_of(upper, lower, target[1], pixels_HWC.shape[0])
-    columns = shares_of(left, right, target[0], pixels_HWC.shape[1])
-    return np.einsum("rh,hwc,kw->rkc", rows, pixels_HWC.astype(np.float64), columns)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -45,7 +29,7 @@ def test_each_pixel_is_the_rounded_mean_of_its_area(channels: int) -> None:
         box = (left, upper, right, lower)
         found = area_means(noise, target, box)
         assert found.shape == (target[1], target[0], min(channels, 3))
-        wanted = defined_means(noise, target, box)[..., :3]
+        wanted = exact_means(noise, target, box)[..., :3]
         assert np.abs(found - wanted).max() <= 0.5 + 1e-3, (noise.shape, target, box)
 
 
@@ -62,9 +46,8 @@ def test_photos_are_the_same_as_by_opencv_but_for_rounding(
         theirs = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
         apart = np.abs(found.astype(np.int16) - theirs)
         assert apart.max() <= 1, side
-        is_whole = (
-            width % side == 0 == height % side
-        )  # means of whole pixels end in .5 often; OpenCV takes even ones
+        # Means of whole pixels end in .5 often; OpenCV takes the even number.
+        is_whole = width % side == 0 == height % side
         assert (apart > 0).mean() < (0.1 if is_whole else 0.002), side
 
 

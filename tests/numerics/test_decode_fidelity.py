@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_image
 
 from engine import images
 from engine.images import Resize, decode_image
+from tests.exact_means import exact_means
 
 MIN_PSNR_DB = 40.0
 ROUNDED_PSNR_DB = 70.0  # of whole levels, when two computations differ by one in less than 1 % of them
@@ -68,22 +69,8 @@ def psnr_db(found: np.ndarray, wanted: np.ndarray) -> float:
 def exact_area(
     pixels_HW3: np.ndarray, target: tuple[int, int], box: tuple[float, float, float, float] | None = None
 ) -> np.ndarray:
-    """Means over exact areas of the box (or all), pixels on a border counted in part, rounded; target: width, height.
-
-    By a weight for every pair of pixels, which OpenCV and Pillow have not.
-    """
-    height, width = pixels_HW3.shape[:2]
-    left, upper, right, lower = box or (0, 0, width, height)
-    low = overlaps(upper, lower, target[1], height) @ pixels_HW3.reshape(height, -1).astype(np.float64)
-    across = overlaps(left, right, target[0], width)
-    return np.rint(across @ low.reshape(target[1], width, -1))
-
-
-def overlaps(begin: float, end: float, targets: int, pixels: int) -> np.ndarray:
-    """Which part of each target lies on each pixel, shape (targets, pixels)."""
-    edges, at = np.linspace(begin, end, targets + 1)[:, None], np.arange(pixels)
-    shared = np.minimum(edges[1:], at + 1) - np.maximum(edges[:-1], at)
-    return np.clip(shared, 0, None) / ((end - begin) / targets)
+    """The exact means, rounded."""
+    return np.rint(exact_means(pixels_HW3, target, box))
 
 
 def test_exact_area_means_are_what_they_say() -> None:
