@@ -92,7 +92,7 @@ clean:  ## remove .venv and all else that git ignores here
 
 # uv takes a third of the time that pip takes; pip fetches it, and stands in where only pip can reach the index.
 .venv/.installed: requirements.lock pyproject.toml
-	@echo "Setting up .venv from requirements.lock (950 MB to fetch, 3.1 GB on disk, 1 to 4 minutes) ..."
+	@echo "Setting up .venv from requirements.lock (1.4 GB to fetch, 4.6 GB on disk, 1 to 4 minutes) ..."
 	@for python in $(PYTHONS); do "$$python" -c '$(IS_FIT)' 2>/dev/null && exec "$$python" -m venv .venv; done; \
 	  echo "No Python 3.11, 3.12 or 3.13 with its venv and ensurepip modules among: $(PYTHONS)."; \
 	  echo "Install one (Debian, Ubuntu: python3-venv), or name it: make test PYTHON=/path/to/python3.12"; exit 1

@@ -1,6 +1,6 @@
 """A box of an image as fewer pixels, each the mean over exactly the area that it covers; not for axes that grow.
 
-Compiled by numba when the module is imported (about 1.2 s of one core, once in a process; 0.07 GB that it shares with no
+Compiled by numba when the module is imported (about 1.2 s of one core, once in a process; 70 MB that it shares with no
 other): import it where the first image is decoded. OpenCV's INTER_AREA gives the same pixels but for rounding, and
 takes 1.7 to 6.9 times as long. Microseconds, one photo in one thread, on AMD EPYC with avx512, OpenCV 5.0.0 from three
 channels after dropping the fourth, numba 0.68.1 from Pillow's four, 2026-11-24:
