@@ -241,8 +241,8 @@ def test_what_the_readme_says_of_sizes_is_what_pods_ask_for() -> None:
     sizes = {asked("gpu", verb, "gpu") for verb in ("extract", "fit", "finetune", "nightly")}
     assert tuple(map(max, zip(*sizes, strict=True))) == (15, 49.8, 45)
     assert "| 15 cores, 50 GiB, 45 GiB of disk, 1 GPU or none |" in readme
-    assert asked("dev", "nightly", "cpu", "head", "submitter") == (5, 17.3, 31)
-    assert "5 cores, 17.3 GiB of\nmemory and 31 GiB of disk" in readme
+    assert asked("dev", "nightly", "cpu", "head", "submitter") == (5, 17.4, 31)
+    assert "5 cores, 17.4 GiB of\nmemory and 31 GiB of disk" in readme
 
 
 def test_what_the_readme_says_of_hours_and_cost_is_what_the_plan_says() -> None:
